@@ -1,0 +1,1 @@
+"""The Hydra tree; one group per replaceable thing, mirroring the code."""

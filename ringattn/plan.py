@@ -1,0 +1,151 @@
+"""What a ring does for one extension of a document: pure integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from seqpar import Runs, Step, Tile, ring_steps, tiles, token_count, visible
+
+PastBy = Literal["none", "kv", "queries"]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What decides how the past is reached: the sizes of one layer's heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one token's KV on the wire, in the model's dtype."""
+        return 2 * self.kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one token's queries on the wire, in the model's dtype."""
+        return self.heads * self.head_dim * self.itemsize
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of one token's partial: float32 out and lse."""
+        return self.heads * (self.head_dim + 1) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class QueryStep:
+    """One step of passing queries round: the rank holds the queries of `owner`.
+
+    It passes `send` of them on and receives `receive`; it computes `tiles` against its own
+    past KV and, where there are any, returns the partial to the owner; `returned` tells
+    whether a partial of this rank's own queries comes back at this step.
+    """
+
+    owner: int
+    send: int
+    receive: int
+    tiles: tuple[Tile, ...]
+    returned: bool
+
+
+@dataclass(frozen=True)
+class ExtendPlan:
+    """New tokens `new[r]` of every rank r, after the `past[r]` that it already holds."""
+
+    rank: int
+    new: tuple[Runs, ...]
+    past: tuple[Runs, ...]
+
+    @property
+    def own(self) -> Runs:
+        return self.new[self.rank]
+
+    def new_steps(self, window: int | None = None) -> tuple[Step, ...]:
+        """New queries against new KV, passing KV."""
+        return _steps(self.rank, self.new, self.new, window)
+
+    def past_kv_steps(self, window: int | None = None) -> tuple[Step, ...]:
+        """New queries against past KV, passing KV."""
+        return _steps(self.rank, self.new, self.past, window)
+
+    def past_query_steps(self, window: int | None = None) -> tuple[QueryStep, ...]:
+        """New queries against past KV, passing queries and returning partials."""
+        return _query_steps(self.rank, self.new, self.past, window)
+
+    def past_by(self, costs: Costs, window: int | None = None) -> PastBy:
+        """Pass KV or queries, whichever moves fewer bytes over all ranks; the same on each."""
+        if not any(self.past):
+            return "none"
+        kv, queries = _past_traffic(self.new, self.past, costs, window)
+        return "kv" if kv <= queries else "queries"
+
+    def bytes_sent(self, costs: Costs, window: int | None = None) -> int:
+        """What this rank sends for one layer of this extension."""
+        total = sum(step.send for step in self.new_steps(window)) * costs.kv_bytes
+        past_by = self.past_by(costs, window)
+        if past_by == "kv":
+            total += sum(step.send for step in self.past_kv_steps(window)) * costs.kv_bytes
+        if past_by == "queries":
+            total += _query_traffic(self.past_query_steps(window), self.new, self.rank, costs)
+        return total
+
+
+def largest_share(shares: tuple[Runs, ...]) -> int:
+    """Tokens of the rank that has most: what a transfer buffer must hold."""
+    return max(token_count(runs) for runs in shares)
+
+
+@cache
+def _steps(
+    rank: int, queries: tuple[Runs, ...], keys: tuple[Runs, ...], window: int | None
+) -> tuple[Step, ...]:
+    return ring_steps(rank, list(queries), list(keys), window)
+
+
+@cache
+def _query_steps(
+    rank: int, new: tuple[Runs, ...], past: tuple[Runs, ...], window: int | None
+) -> tuple[QueryStep, ...]:
+    world = len(new)
+
+    def sent(holder: int, step: int) -> int:
+        owner = (holder - step) % world
+        ahead = ((holder + hop) % world for hop in range(1, world - step))
+        wanted = any(visible(new[owner], past[reader], window) for reader in ahead)
+        return token_count(new[owner]) if wanted else 0
+
+    return tuple(
+        QueryStep(
+            owner=(rank - step) % world,
+            send=sent(rank, step),
+            receive=sent((rank - 1) % world, step),
+            tiles=tiles(new[(rank - step) % world], past[rank], window),
+            returned=step > 0 and visible(new[rank], past[(rank + step) % world], window),
+        )
+        for step in range(world)
+    )
+
+
+@cache
+def _past_traffic(
+    new: tuple[Runs, ...], past: tuple[Runs, ...], costs: Costs, window: int | None
+) -> tuple[int, int]:
+    kv = queries = 0
+    for rank in range(len(new)):
+        kv += sum(step.send for step in _steps(rank, new, past, window)) * costs.kv_bytes
+        queries += _query_traffic(_query_steps(rank, new, past, window), new, rank, costs)
+    return kv, queries
+
+
+def _query_traffic(
+    steps: tuple[QueryStep, ...], new: tuple[Runs, ...], rank: int, costs: Costs
+) -> int:
+    passed = sum(step.send for step in steps) * costs.query_bytes
+    returned = sum(
+        token_count(new[step.owner]) for step in steps if step.tiles and step.owner != rank
+    )
+    return passed + returned * costs.partial_bytes

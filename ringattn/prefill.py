@@ -1,0 +1,136 @@
+"""Ring Attention, exact: KV blocks travel a ring of ranks, hidden behind compute.
+
+Liu, Zaharia, Abbeel, "Ring Attention with Blockwise Transformers", section 3.  Passing queries
+instead of a long past follows Yang et al., "Context Parallelism for Scalable Million-Token
+Inference", section 3.
+
+B batch, T local tokens, H query heads, K key/value heads (H % K == 0), D head dim.
+Partials are float32 (float64 for float64 input); KV travels in its own dtype, heads unrepeated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from localflash import DenseKV, empty_partial, merge_into
+from ringattn.plan import ExtendPlan, PastBy, QueryStep, largest_share
+from seqpar import Attend, Handle, Partial, Step, Transport, attend_tiles
+
+
+class KVBuffers:
+    """The two transfer buffers of a ring pass: one is read while the other is filled.
+
+    Both exist from the first transfer on, so that a rank's peak does not depend on how many
+    others there are.  They are kept from layer to layer and grow to the largest shard.
+    """
+
+    def __init__(self) -> None:
+        self._flat: list[Tensor] = []
+        self._turn = 0
+
+    def next(self, like: DenseKV, tokens: int, capacity: int) -> DenseKV:
+        """The buffer that is free now, shaped for `tokens` of at most `capacity`."""
+        shapes = [(t.shape[0], tokens, *t.shape[2:]) for t in (like.k_BTHD, like.v_BTHD)]
+        per_token = sum(t.shape[0] * t.shape[2] * t.shape[3] for t in (like.k_BTHD, like.v_BTHD))
+        if not self._flat or self._flat[0].numel() < capacity * per_token:
+            self._flat = []
+            self._flat = [like.k_BTHD.new_empty(capacity * per_token) for _ in range(2)]
+        self._turn = 1 - self._turn
+        sizes = [math.prod(shape) for shape in shapes]
+        k, v = self._flat[self._turn][: sum(sizes)].split(sizes)
+        return DenseKV(k.view(shapes[0]), v.view(shapes[1]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(flat.numel() * flat.element_size() for flat in self._flat)
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """What every pass of one layer needs: the wire, the local kernel, room for arriving KV."""
+
+    transport: Transport
+    attend: Attend
+    buffers: KVBuffers
+
+
+def ring_pass(
+    q_BTHD: Tensor, kv: DenseKV, steps: tuple[Step, ...], into: Partial, ring: Ring, capacity: int
+) -> None:
+    """Local queries against the KV of every rank, accumulated `into` a running partial.
+
+    `capacity` is the largest share of KV that any rank has, in tokens.
+    """
+    held = kv
+    for step in steps:
+        arriving = ring.buffers.next(kv, step.receive, capacity) if step.receive else None
+        transfer = ring.transport.shift(_pair(held) if step.send else [], _pair(arriving))
+        ring.transport.mark("attend", source=step.source)
+        attend_tiles(q_BTHD, held, step.tiles, into, ring.attend)
+        transfer.wait()
+        held = arriving or kv
+
+
+def query_pass(
+    q_BTHD: Tensor, past: DenseKV, steps: tuple[QueryStep, ...], into: Partial, ring: Ring
+) -> None:
+    """The same product with the KV at rest: queries travel, and their partials come home."""
+    held = q_BTHD
+    coming_home: list[tuple[Handle, Partial | tuple[()]]] = []
+    for distance, step in enumerate(steps):
+        arriving = _like(q_BTHD, step.receive)
+        onward = ring.transport.shift([held.contiguous()] if step.send else [], [arriving])
+        ring.transport.mark("attend", owner=step.owner)
+        own = step.owner == ring.transport.rank
+        partial = into if own else empty_partial(held)
+        attend_tiles(held, past, step.tiles, partial, ring.attend)
+        _merge_home(coming_home, into)  # sent a step ago: hidden behind this one's attention
+        if not own:
+            back = empty_partial(q_BTHD) if step.returned else ()
+            home = ring.transport.shift(partial if step.tiles else [], back, -distance)
+            coming_home.append((home, back))
+        onward.wait()
+        held = arriving
+    _merge_home(coming_home, into)
+
+
+def _merge_home(coming: list[tuple[Handle, Partial | tuple[()]]], into: Partial) -> None:
+    while coming:
+        handle, back = coming.pop()
+        handle.wait()
+        if back:
+            merge_into(*into, *back)
+
+
+def extend(
+    q_BTHD: Tensor,
+    new: DenseKV,
+    past: DenseKV,
+    plan: ExtendPlan,
+    past_by: PastBy,
+    ring: Ring,
+    window: int | None = None,
+) -> Tensor:
+    """New tokens, sharded over ranks, against themselves and the past; float32 (B, T, H, D).
+
+    `new` and `past` are this rank's shares, in the memory order of `plan`.
+    """
+    into = empty_partial(q_BTHD)
+    ring_pass(q_BTHD, new, plan.new_steps(window), into, ring, largest_share(plan.new))
+    if past_by == "kv":
+        ring_pass(q_BTHD, past, plan.past_kv_steps(window), into, ring, largest_share(plan.past))
+    elif past_by == "queries":
+        query_pass(q_BTHD, past, plan.past_query_steps(window), into, ring)
+    return into[0]
+
+
+def _pair(kv: DenseKV | None) -> list[Tensor]:
+    return [kv.k_BTHD, kv.v_BTHD] if kv else []
+
+
+def _like(q_BTHD: Tensor, tokens: int) -> Tensor:
+    batch, _, heads, dim = q_BTHD.shape
+    return q_BTHD.new_empty(batch, tokens, heads, dim)

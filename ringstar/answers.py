@@ -1,0 +1,128 @@
+"""From generated tokens to an answer: ends, stop texts, streamed text, timings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ringstar.config import GenerationConfig
+from ringstar.engine import Step
+from ringstar.metrics import RankMetrics
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it took.
+
+    `ttft_s` is from the request to the first token (encoding not included), `tpot_s` the mean
+    time of each further one (0 if there was none), both in seconds.  `ids` hold no end token.
+    `first_logits (vocab,)` is float32: what the first token was chosen from.
+    """
+
+    text: str
+    ids: list[int]
+    query_tokens: int
+    finish_reason: FinishReason
+    ttft_s: float
+    tpot_s: float
+    first_logits: Tensor
+    metrics: RankMetrics
+
+    @property
+    def latency_s(self) -> float:
+        return self.ttft_s + self.tpot_s * max(0, len(self.ids) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The tokens of one answer, and when they came."""
+
+    ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    times_s: list[float]
+    first_logits: Tensor
+
+
+def collect(
+    steps: Iterable[Step],
+    settings: GenerationConfig,
+    end_tokens: frozenset[int],
+    tokenizer: Any | None,
+    on_text: Callable[[str], None] | None,
+) -> Generated:
+    """Take tokens until an end token, a stop text, or `max_new_tokens`.
+
+    Every rank sees the same tokens and so stops at the same one.  `on_text` receives pieces
+    of the answer as soon as they are certain.
+    """
+    ids: list[int] = []
+    times: list[float] = []
+    reason: FinishReason = "length"
+    first_logits: Tensor | None = None
+    text = TextStream(tokenizer, settings.stop, on_text)
+    for step in steps:
+        times.append(step.at_s)
+        first_logits = first_logits if step.first_logits is None else step.first_logits
+        if step.token in end_tokens:
+            reason = "stop"
+            break
+        ids.append(step.token)
+        if text.add(step.token):
+            reason = "stop"
+            break
+        if len(ids) == settings.max_new_tokens:
+            break
+    assert first_logits is not None
+    return Generated(ids, text.finish(), reason, times, first_logits.cpu())
+
+
+class TextStream:
+    """Decodes tokens as they come, and holds back what may still change.
+
+    Held back: an unfinished character, and the beginning of a stop text.
+    """
+
+    def __init__(
+        self, tokenizer: Any | None, stops: Sequence[str], on_text: Callable[[str], None] | None
+    ):
+        self._tokenizer, self._stops, self._on_text = tokenizer, list(stops), on_text
+        self._ids: list[int] = []
+        self._text, self._shown = "", 0
+
+    def add(self, token: int) -> bool:
+        """Take one token; True when a stop text has appeared."""
+        if self._tokenizer is None:
+            return False
+        self._ids.append(token)
+        self._text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        found = [at for at in (self._text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            return True
+        if not self._text.endswith("\ufffd"):
+            self._show(len(self._text) - self._possible_stop())
+        return False
+
+    def finish(self) -> str:
+        """The whole text; shows what was held back."""
+        self._show(len(self._text))
+        return self._text
+
+    def _show(self, stop: int) -> None:
+        if self._on_text is not None and stop > self._shown:
+            self._on_text(self._text[self._shown : stop])
+            self._shown = stop
+
+    def _possible_stop(self) -> int:
+        """Characters at the end that may be the beginning of a stop text."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(self._text)), 0, -1):
+            if any(stop.startswith(self._text[-size:]) for stop in self._stops):
+                return size
+        return 0

@@ -1,0 +1,196 @@
+"""The typed configuration: plain dataclasses, and one function that checks them.
+
+The library takes these or keyword arguments; only the command line knows how they are composed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ringstar.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "reference", "torch", "cudnn", "efficient")
+LAYOUTS = ("zigzag", "striped", "contiguous")
+PAST_BY = ("auto", "kv", "queries")
+STRATEGIES = ("dense", "ring")
+MODELS = ("hf", "smollm2")
+# some thirty years: more overflows the clocks of the libraries below
+MAX_TIMEOUT_S = 1e9
+TRANSPORTS = ("auto", "nccl", "gloo", "threads")
+
+
+@dataclass
+class StrategyConfig:
+    """How a document is encoded over ranks."""
+
+    name: str = "ring"
+
+
+@dataclass
+class DenseConfig(StrategyConfig):
+    """One rank holds everything: the plain product that the others are compared with."""
+
+    name: str = "dense"
+
+
+@dataclass
+class RingConfig(StrategyConfig):
+    """Ring Attention, exact."""
+
+    name: str = "ring"
+    layout: str = "zigzag"
+    # how queries of a later chunk reach the KV of earlier ones
+    past_by: str = "auto"
+
+
+@dataclass
+class TransportConfig:
+    """How ranks talk. `world_size` starts simulated ranks, or is checked against torchrun's."""
+
+    name: str = "auto"
+    world_size: int | None = None
+    timeout_s: float = 1800.0
+    # CPU threads of each rank; None shares the cores evenly
+    threads_per_rank: int | None = None
+
+
+@dataclass
+class KernelConfig:
+    """Which local attention each rank runs."""
+
+    name: str = "auto"
+
+
+@dataclass
+class ModelConfig:
+    """An unmodified Hugging Face causal language model on local disk."""
+
+    name: str = "hf"
+    path: str | None = None
+    # where a model that ships in a package is converted to, once
+    cache_dir: str = "~/.cache/ringstar"
+    dtype: str = "auto"
+    allow_beyond_limit: bool = False
+    # tokens of one feed-forward slice: the MLP's intermediate never exists for more
+    ff_slice_tokens: int = 2048
+
+
+@dataclass
+class DocumentConfig:
+    """The document: exactly one of these."""
+
+    path: str | None = None
+    text: str | None = None
+    ids_path: str | None = None
+
+
+@dataclass
+class EncodeConfig:
+    """`chunk_tokens` per rank bound the memory of an encode."""
+
+    chunk_tokens: int = 8192
+
+
+@dataclass
+class GenerationConfig:
+    """How the answer is chosen. temperature 0 is greedy."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class OutputConfig:
+    """Where results go, beside the terminal."""
+
+    path: str | None = None
+    first_logits: str | None = None
+
+
+@dataclass
+class LaunchConfig:
+    """`nproc` ranks on this machine; `report` is set by the launcher for its ranks."""
+
+    nproc: int | None = None
+    traceback: bool = False
+    report: str | None = None
+
+
+@dataclass
+class Config:
+    """Everything that one run needs."""
+
+    strategy: Any = field(default_factory=RingConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    document: DocumentConfig = field(default_factory=DocumentConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    question: str | None = None
+    question_path: str | None = None
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first value that no run could use."""
+    for key, value, good, allowed in _rules(config):
+        if not good:
+            raise UserError(key, value, allowed)
+
+
+def check_generation(generation: GenerationConfig) -> None:
+    """The part of `check` that a single question can get wrong."""
+    for key, value, good, allowed in _generation_rules(generation):
+        if not good:
+            raise UserError(key, value, allowed)
+
+
+Rule = tuple[str, object, bool, str]
+
+
+def _rules(config: Config) -> Iterator[Rule]:
+    strategy, transport, model = config.strategy, config.transport, config.model
+    yield _one_of("strategy", strategy.name, STRATEGIES)
+    if isinstance(strategy, RingConfig):
+        yield _one_of("strategy.layout", strategy.layout, LAYOUTS)
+        yield _one_of("strategy.past_by", strategy.past_by, PAST_BY)
+    yield _one_of("transport", transport.name, TRANSPORTS)
+    yield _positive("transport.world_size", transport.world_size)
+    in_range = 0 < transport.timeout_s <= MAX_TIMEOUT_S
+    allowed = f"allowed: above 0, at most {MAX_TIMEOUT_S:g}"
+    yield "transport.timeout_s", transport.timeout_s, in_range, allowed
+    yield _positive("transport.threads_per_rank", transport.threads_per_rank)
+    yield _one_of("kernel", config.kernel.name, KERNELS)
+    yield _one_of("model", model.name, MODELS)
+    yield _one_of("model.dtype", model.dtype, DTYPES)
+    yield _positive("model.ff_slice_tokens", model.ff_slice_tokens)
+    yield _positive("encode.chunk_tokens", config.encode.chunk_tokens)
+    yield _positive("launch.nproc", config.launch.nproc)
+    yield from _generation_rules(config.generation)
+
+
+def _generation_rules(generation: GenerationConfig) -> Iterator[Rule]:
+    temperature, top_p = generation.temperature, generation.top_p
+    yield _positive("generation.max_new_tokens", generation.max_new_tokens)
+    finite = 0 <= temperature < float("inf")
+    yield "generation.temperature", temperature, finite, "allowed: 0 (greedy) or more"
+    yield "generation.top_p", top_p, 0 < top_p <= 1, "allowed: above 0, at most 1"
+    in_range = -(2**63) <= generation.seed < 2**64
+    yield "generation.seed", generation.seed, in_range, "allowed: an integer of 64 bits"
+    yield "generation.stop", "", all(generation.stop), "a stop text cannot be empty"
+
+
+def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Rule:
+    return key, value, value in allowed, f"allowed: {', '.join(allowed)}"
+
+
+def _positive(key: str, value: float | None) -> Rule:
+    return key, value, value is None or 0 < value < float("inf"), "allowed: above 0"

@@ -1,0 +1,17 @@
+"""Errors that a user can act on."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The user's input or configuration is wrong: one line with key, value and what is allowed."""
+
+    def __init__(self, key: str, value: object, allowed: str):
+        shown = f"{key}={_short(value)}" if value is not None else key
+        super().__init__(f"{shown}: {allowed}")
+        self.key, self.value, self.allowed = key, value, allowed
+
+
+def _short(value: object, limit: int = 120) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,81 @@
+"""The attention function that transformers calls in place of its own.
+
+It only hands over to the `ForwardContext` that came with the call: no state, no globals.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import AttentionInterface
+
+NAME = "ringstar"
+
+# keywords that models pass along and that change nothing here
+_IRRELEVANT = {
+    "cache_position",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
+    "use_cache",
+}
+
+
+class ForwardContext(Protocol):
+    """One forward pass of one rank."""
+
+    position_embeddings: tuple[Tensor, Tensor]
+
+    def attend(
+        self,
+        layer: int,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Keep the new KV and return the attention output (B, T, H, D) in q's dtype."""
+        ...
+
+
+def ringstar_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    ringstar_context: ForwardContext | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """`query (B, H, T, D)`, `key, value (B, K, T, D)`; returns `((B, T, H, D), None)`."""
+    if ringstar_context is None:
+        raise RuntimeError(
+            "this model was loaded for ringstar: call it through LongContext,"
+            " or reload it with attn_implementation='sdpa'"
+        )
+    unknown = {k for k, v in rest.items() if v is not None} - _IRRELEVANT
+    if unknown or dropout or attention_mask is not None:
+        what = sorted(unknown) or ["dropout" if dropout else "attention_mask"]
+        raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(what)}")
+    out = ringstar_context.attend(
+        module.layer_idx,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        scale=scaling,
+        softcap=softcap,
+        window=sliding_window,
+    )
+    return out, None
+
+
+AttentionInterface.register(NAME, ringstar_attention)

@@ -1,0 +1,122 @@
+"""Turning a loaded Hugging Face model into one that ranks can run: hooks from outside only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ringstar.models.attention import ForwardContext
+
+
+class Rotary:
+    """cos and sin from the model's own formulas, computed once per plan.
+
+    The model's module would be called in every forward with what one rank sees; some kinds
+    change their frequencies by that.  Here it is called outside the forward, by position.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def plan(self, positions_T: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (1, T, D) in the dtype and on the device of `like`, for int64 positions."""
+        return self._module(like.new_empty(0), positions_T.unsqueeze(0))
+
+
+class _FromContext(nn.Module):
+    """Stands where the model's rotary module was; layers take theirs from the context."""
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A model whose attention and rotary embedding come from a `ForwardContext`."""
+
+    model: Any
+    config: Any
+    rotary: Rotary
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext, *, logits: bool
+    ) -> Tensor | None:
+        """Run the model on one rank's tokens; logits (vocab,) float32 of the last one, if asked."""
+        call = self.model if logits else self.model.get_decoder()
+        keep = {"logits_to_keep": 1} if logits else {}
+        output = call(
+            input_ids=ids_T.unsqueeze(0),
+            position_ids=positions_T.unsqueeze(0),
+            use_cache=False,
+            ringstar_context=context,
+            **keep,
+        )
+        return output.logits[0, -1].float() if logits else None
+
+    def flops_per_token(self) -> tuple[float, float]:
+        """Of one layer's weights, and of its attention per key that a token sees."""
+        layer = next(iter(self.model.get_decoder().layers))
+        weights = sum(p.numel() for p in layer.parameters())
+        heads = self.config.num_attention_heads
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return 2.0 * weights, 4.0 * heads * head_dim
+
+
+def bind(model: Any, *, ff_slice_tokens: int) -> BoundModel:
+    """Hook a model that was loaded with `attn_implementation="ringstar"`."""
+    decoder = model.get_decoder()
+    rotary = Rotary(decoder.rotary_emb)
+    decoder.rotary_emb = _FromContext()
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(_give_position_embeddings, with_kwargs=True)
+        layer.mlp.forward = sliced(layer.mlp.forward, ff_slice_tokens)
+    return BoundModel(model.eval(), model.config, rotary)
+
+
+def _give_position_embeddings(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    context = kwargs.get("ringstar_context")
+    if context is None:
+        return args, kwargs  # the attention function says what is wrong
+    return args, {**kwargs, "position_embeddings": context.position_embeddings}
+
+
+def sliced(forward: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
+    """A feed-forward run in slices of `tokens`, so that its intermediate stays that long.
+
+    Source: Liu, Abbeel, "Blockwise Parallel Transformer", section 3.
+    """
+
+    def in_slices(hidden_BTC: Tensor) -> Tensor:
+        if hidden_BTC.shape[1] <= tokens:
+            return forward(hidden_BTC)
+        out = torch.empty_like(hidden_BTC)
+        for start in range(0, hidden_BTC.shape[1], tokens):
+            part = slice(start, start + tokens)
+            out[:, part] = forward(hidden_BTC[:, part])
+        return out
+
+    return in_slices

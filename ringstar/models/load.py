@@ -1,0 +1,164 @@
+"""Reading a model and its tokenizer from local disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from ringstar.config import ModelConfig
+from ringstar.errors import UserError
+from ringstar.models.attention import NAME
+from ringstar.models.bind import BoundModel, bind
+from ringstar.models.families import check_family
+from ringstar.models.smollm2 import smollm2_folder
+from ringstar.prompt import PromptFormat, prompt_format
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+class ModelFiles:
+    """A checked model whose weights are not loaded yet: config, tokenizer, prompt format."""
+
+    def __init__(self, folder: Path, gguf: str | None, config: Any):
+        self.folder, self.gguf, self.config = folder, gguf, config
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The model's own tokenizer; None if the folder has none (token ids need none)."""
+        if not self.gguf and not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, **self._gguf_arguments
+            )
+        except Exception as error:
+            raise UserError(
+                "model.path", self.folder, f"unusable tokenizer: {_line(error)}"
+            ) from error
+
+    @cached_property
+    def prompt(self) -> PromptFormat:
+        """How a chat prompt is split into document and question."""
+        return prompt_format(self._needed_tokenizer())
+
+    def context_ids(self, document: str) -> list[int]:
+        """The document's token ids behind whatever the chat template puts first."""
+        return self.prompt.context_ids(self._needed_tokenizer(), document)
+
+    def query_ids(self, question: str) -> list[int]:
+        """The question's token ids up to where the answer begins."""
+        return self.prompt.query_ids(self._needed_tokenizer(), question)
+
+    def end_tokens(self) -> frozenset[int]:
+        """Every token id that ends an answer."""
+        ids: list[Any] = [self.config.eos_token_id, getattr(self.tokenizer, "eos_token_id", None)]
+        generation = self.folder / "generation_config.json"
+        if generation.is_file():
+            ids.append(json.loads(generation.read_text()).get("eos_token_id"))
+        flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
+        return frozenset(i for i in flat if i is not None)
+
+    def load(self, settings: ModelConfig, dtype: torch.dtype, device: torch.device) -> BoundModel:
+        """Read the weights; a missing, damaged or ill-shaped one is an error, never random."""
+        arguments: dict[str, Any] = dict(self._gguf_arguments)
+        if self.gguf:
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                config=None if self.gguf else self.config,
+                dtype=dtype,
+                attn_implementation=NAME,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise UserError(
+                "model.path", self.folder, f"weights cannot be loaded: {_line(error)}"
+            ) from error
+        model, report = loaded
+        missing = sorted(report.get("missing_keys", ()))
+        if missing:
+            raise UserError(
+                "model.path",
+                self.folder,
+                f"weights lack {len(missing)} tensors, {missing[0]} first",
+            )
+        return bind(model.to(device), ff_slice_tokens=settings.ff_slice_tokens)
+
+    @property
+    def _gguf_arguments(self) -> dict[str, str]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def _needed_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise UserError(
+                "model.path", self.folder, "has no tokenizer; give token ids: document.ids_path"
+            )
+        return self.tokenizer
+
+
+def find_model(settings: ModelConfig) -> ModelFiles:
+    """Check `model.path` by its config alone; raises UserError."""
+    if settings.name == "smollm2" and settings.path is None:
+        settings = replace(settings, path=str(smollm2_folder(settings.cache_dir)))
+    if not settings.path:
+        raise UserError("model.path", None, "missing: a local Hugging Face folder or a GGUF file")
+    path = Path(settings.path).expanduser()
+    if not path.exists():
+        raise UserError("model.path", settings.path, "no such file or folder")
+    gguf = path.name if path.is_file() else None
+    if gguf and path.suffix != ".gguf":
+        raise UserError("model.path", settings.path, "a file must be a .gguf; else give a folder")
+    if not gguf and not (path / "config.json").is_file():
+        raise UserError("model.path", settings.path, "the folder has no config.json")
+    folder = path.parent if gguf else path
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {})
+        )
+    except Exception as error:
+        raise UserError("model.path", settings.path, f"unusable config: {_line(error)}") from error
+    check_family(settings.path, config)
+    return ModelFiles(folder, gguf, config)
+
+
+def choose_dtype(
+    settings: ModelConfig, config: Any, device: torch.device
+) -> tuple[torch.dtype, str]:
+    """The dtype to run in, and why."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype), "as asked"
+    stored = getattr(config, "dtype", None) or torch.float32
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.float32, "float16 weights, widened because a CPU computes float16 slowly"
+    return stored, "as the weights are stored"
+
+
+def quiet_transformers() -> None:
+    """Its warnings and bars are about ways of loading that a user here did not choose."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,127 @@
+"""The two kinds of forward pass, as the attention function sees them.
+
+B batch, T tokens of this forward, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+import localflash
+from localflash import DenseKV
+from ringstar.cache import ShardedCache
+from ringstar.strategies import Extension
+from seqpar import Run, Runs, Tile, Transport, attend_sharded, tiles, token_count
+
+
+@dataclass
+class ExtendPass:
+    """New tokens of a document, sharded: each rank computes and keeps its own.
+
+    A rank that owns nothing runs one dummy token, which is cut off here: neither its KV nor
+    its result is kept, but the rank takes part in every exchange.
+    """
+
+    position_embeddings: tuple[Tensor, Tensor]
+    extension: Extension
+    cache: ShardedCache
+    at: int
+    kernel: str
+    on_layer: Callable[[], None]
+
+    def attend(
+        self,
+        layer: int,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        own = token_count(self.extension.own)
+        self.cache.write(layer, self.at, k_BTKD[:, :own], v_BTKD[:, :own])
+        out = self.extension.attend(
+            q_BTHD[:, :own],
+            self.cache.view(layer, self.at, self.at + own),
+            self.cache.view(layer, 0, self.at),
+            window=window,
+            attend=_bound(self.kernel, scale, softcap),
+        )
+        self.on_layer()
+        return out.to(q_BTHD.dtype) if own else q_BTHD.new_zeros(q_BTHD.shape)
+
+
+@dataclass
+class ReplicatedPass:
+    """A few new tokens that every rank computes, against KV that is sharded over ranks.
+
+    Their KV is dealt over ranks (`turn_runs`): `own` is the part of them that this rank keeps,
+    as positions; `start` is the position of the first one.
+    """
+
+    position_embeddings: tuple[Tensor, Tensor]
+    start: int
+    tokens: int
+    own: Runs
+    cache: ShardedCache
+    at: int
+    transport: Transport
+    kernel: str
+
+    def attend(
+        self,
+        layer: int,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        for run in self.own:
+            kept = slice(run.start - self.start, run.stop - self.start)
+            self.cache.write(layer, self.at, k_BTKD[:, kept], v_BTKD[:, kept])
+        out, _ = attend_sharded(
+            q_BTHD,
+            self._held(layer, k_BTKD, v_BTKD),
+            self._tiles(window),
+            transport=self.transport,
+            attend=_bound(self.kernel, scale, softcap),
+        )
+        return out.to(q_BTHD.dtype)
+
+    def _held(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor) -> DenseKV:
+        if self.cache.tokens:
+            return self.cache.view(layer, 0, self.cache.tokens)
+        return DenseKV(k_BTKD[:, :0], v_BTKD[:, :0])
+
+    def _tiles(self, window: int | None) -> tuple[Tile, ...]:
+        if window not in self._known_tiles:
+            new = (Run(self.start, self.start + self.tokens),)
+            self._known_tiles[window] = tiles(new, self.cache.runs, window)
+        return self._known_tiles[window]
+
+    def __post_init__(self) -> None:
+        self._known_tiles: dict[int | None, tuple[Tile, ...]] = {}
+
+
+def turn_runs(start: int, tokens: int, rank: int, world: int) -> Runs:
+    """Which of the replicated positions [start, start + tokens) `rank` keeps.
+
+    A question is cut into neighbouring pieces; the rank of the first piece moves on with the
+    position, so that single generated tokens go round and shards stay balanced.
+    """
+    piece = (rank + start) % world
+    run = Run(start + piece * tokens // world, start + (piece + 1) * tokens // world)
+    return (run,) if len(run) else ()
+
+
+def _bound(kernel: str, scale: float, softcap: float | None) -> partial:
+    return partial(localflash.attend, scale=scale, softcap=softcap, backend=kernel)

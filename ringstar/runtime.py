@@ -1,0 +1,270 @@
+"""The Python face: plan, encode, answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import localflash
+from ringstar.answers import Answer, collect
+from ringstar.config import (
+    Config,
+    DenseConfig,
+    GenerationConfig,
+    KernelConfig,
+    ModelConfig,
+    RingConfig,
+    TransportConfig,
+    check,
+    check_generation,
+)
+from ringstar.engine import DocumentShard, OnProgress, RankEngine
+from ringstar.errors import UserError
+from ringstar.metrics import gather_metrics
+from ringstar.models import ModelFiles, choose_dtype, find_model
+from ringstar.ranks import Ranks, check_ranks, make_ranks
+from ringstar.strategies import make_strategy
+
+log = logging.getLogger("ringstar")
+
+Text = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Document:
+    """An encoded document: its KV stays sharded over the ranks that made it.
+
+    `shards` are those of the ranks in this process.
+    """
+
+    tokens: int
+    encode_s: float
+    shards: list[DocumentShard]
+
+    @property
+    def kv_bytes(self) -> list[int]:
+        """Bytes of KV on each rank of this process."""
+        return [shard.cache.nbytes for shard in self.shards]
+
+
+class LongContext:
+    """A model that answers questions over documents whose KV is spread over ranks.
+
+    Under torchrun every rank makes the same calls and gets the same answers; with simulated
+    ranks one process makes them once.
+    """
+
+    def __init__(self, config: Config, files: ModelFiles, ranks: Ranks, why_transport: str):
+        self.config, self.files, self._ranks = config, files, ranks
+        first = ranks.transports[0]
+        dtype, why_dtype = choose_dtype(config.model, files.config, first.device)
+        choice = choose_kernel(config, files, first.device)
+        self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
+        self.device, self.dtype, self.kernel = first.device, dtype, choice.backend.name
+        self._say(
+            f"{self.world_size} ranks over {first.name} ({why_transport})",
+            f"device {first.device.type}",
+            f"strategy {config.strategy.name}{_layout(config)}",
+            f"dtype {str(dtype).removeprefix('torch.')} ({why_dtype})",
+            f"kernel {choice.backend.name} ({choice.reason})",
+        )
+        for transport in ranks.transports:
+            transport.publish("load")
+        model = files.load(config.model, dtype, first.device)
+        self._engines = {
+            transport.rank: RankEngine(
+                model,
+                transport,
+                make_strategy(config.strategy, config.encode, transport),
+                self.kernel,
+            )
+            for transport in ranks.transports
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        strategy: str = "ring",
+        transport: str | Ranks = "auto",
+        world_size: int | None = None,
+        layout: str = "zigzag",
+        kernel: str = "auto",
+        dtype: str = "auto",
+        chunk_tokens: int = 8192,
+        threads_per_rank: int | None = None,
+        timeout_s: float = 1800.0,
+        allow_beyond_limit: bool = False,
+    ) -> LongContext:
+        """Load an unmodified Hugging Face model for `world_size` ranks.
+
+        Args:
+            path: a local Hugging Face folder, or a GGUF file.
+            strategy: `ring` (exact, over ranks) or `dense` (one rank).
+            transport: `auto` (torchrun's ranks if there are, else one process), `nccl`, `gloo`,
+                `threads` (simulated ranks), or ranks that are connected already.
+            world_size: simulated ranks; under torchrun it may be left out.
+            layout: how the ring deals tokens: `zigzag`, `striped` or `contiguous`.
+            kernel: the local attention back end.
+            dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
+            chunk_tokens: tokens per rank that are encoded at once; bounds memory.
+            threads_per_rank: CPU threads of each rank; the cores are shared evenly unless given.
+            timeout_s: how long a rank waits for another, seconds.
+            allow_beyond_limit: accept more positions than the model was trained for.
+
+        Raises:
+            UserError: a setting, or a model that cannot be run exactly, by name.
+        """
+        if strategy not in ("ring", "dense"):
+            raise UserError("strategy", strategy, "allowed: dense, ring")
+        chosen = RingConfig(layout=layout) if strategy == "ring" else DenseConfig()
+        named = transport if isinstance(transport, str) else "auto"
+        config = Config(
+            strategy=chosen,
+            transport=TransportConfig(named, world_size, timeout_s, threads_per_rank),
+            kernel=KernelConfig(kernel),
+            model=ModelConfig(path=path, dtype=dtype, allow_beyond_limit=allow_beyond_limit),
+        )
+        config.encode.chunk_tokens = chunk_tokens
+        return cls.from_config(config, None if isinstance(transport, str) else transport)
+
+    @classmethod
+    def from_config(cls, config: Config, ranks: Ranks | None = None) -> LongContext:
+        """The same from a typed config; `ranks` that are connected already are used as they are."""
+        check(config)
+        files = find_model(config.model)
+        if ranks is not None:
+            return cls(config, files, ranks, "as given")
+        check_ranks(config)
+        return cls(config, files, *make_ranks(config.transport))
+
+    def encode(self, document: Text, on_progress: OnProgress | None = None) -> Document:
+        """Encode a document, given as text or as token ids.
+
+        `on_progress` is called on rank 0 with the share of the work that is done.
+
+        Raises:
+            UserError: it is empty, has ids outside the vocabulary, or is too long.
+        """
+        ids = self.files.context_ids(document) if isinstance(document, str) else list(document)
+        check_ids("document", ids, self.files.vocab_size)
+        check_lengths(self.files, self.config.model, len(ids))
+        quiet: OnProgress = lambda _: None  # noqa: E731
+
+        def encode(transport: Any) -> DocumentShard:
+            report = on_progress if on_progress and transport.rank == 0 else quiet
+            return self._engines[transport.rank].encode(ids, report)
+
+        shards = self._ranks.run(encode)
+        return Document(len(ids), max(shard.encode_s for shard in shards), shards)
+
+    def ask(
+        self,
+        document: Document,
+        question: Text,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        settings: GenerationConfig | None = None,
+        **changes: Any,
+    ) -> Answer:
+        """Answer a question, given as text or as token ids, about an encoded document.
+
+        The document can be asked again: a question leaves nothing behind.  `on_text` receives
+        the answer piece by piece on rank 0; `changes` are fields of GenerationConfig, such as
+        `max_new_tokens=32`.
+
+        Raises:
+            UserError: the question is empty or too long for the model, or a setting is wrong.
+        """
+        chosen = replace(settings or self.config.generation, **changes)
+        check_generation(chosen)
+        ids = self.files.query_ids(question) if isinstance(question, str) else list(question)
+        check_ids("question", ids, self.files.vocab_size)
+        check_lengths(
+            self.files, self.config.model, document.tokens, len(ids), chosen.max_new_tokens
+        )
+        tokenizer, ends = self.files.tokenizer, self.files.end_tokens()
+        if chosen.stop and tokenizer is None:
+            raise UserError("generation.stop", chosen.stop[0], "needs a model with a tokenizer")
+        shards = {t.rank: s for t, s in zip(self._ranks.transports, document.shards, strict=True)}
+
+        def answer(transport: Any) -> Answer:
+            started = time.perf_counter()
+            shard = shards[transport.rank]
+            steps = self._engines[transport.rank].generate(shard, ids, chosen)
+            shown = on_text if transport.rank == 0 else None
+            made = collect(steps, chosen, ends, tokenizer, shown)
+            times = made.times_s
+            return Answer(
+                text=made.text,
+                ids=made.ids,
+                query_tokens=len(ids),
+                finish_reason=made.finish_reason,
+                ttft_s=times[0] - started,
+                tpot_s=(times[-1] - times[0]) / max(1, len(times) - 1),
+                first_logits=made.first_logits,
+                metrics=gather_metrics(transport, shard.cache.nbytes),
+            )
+
+        return self._ranks.run(answer)[0]
+
+    def close(self) -> None:
+        """Leave the group of ranks; the last call."""
+        for transport in self._ranks.transports:
+            transport.close()
+
+    def _say(self, *lines: str) -> None:
+        if self.rank == 0:
+            for line in lines:
+                log.info(line)
+
+
+def check_ids(key: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise UserError unless there are ids and all are in the vocabulary."""
+    if not ids:
+        raise UserError(key, None, "is empty; at least one token is needed")
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise UserError(key, outside, f"token ids must be from 0 to {vocab_size - 1}")
+
+
+def check_lengths(
+    files: ModelFiles, model: ModelConfig, context: int, query: int = 0, new: int = 0
+) -> None:
+    """Raise UserError if more positions are asked for than the model was made for."""
+    total, limit = context + query + new, files.max_positions
+    if total > limit and not model.allow_beyond_limit:
+        parts = f"{context} tokens" + (f" + question {query} + answer {new}" if query else "")
+        raise UserError(
+            "document",
+            parts,
+            f"{total} positions, but the model's limit is {limit};"
+            " model.allow_beyond_limit=true overrides",
+        )
+
+
+def choose_kernel(config: Config, files: ModelFiles, device: torch.device) -> localflash.Choice:
+    """The local attention for this model on `device`; raises UserError if it cannot run there."""
+    dtype, _ = choose_dtype(config.model, files.config, device)
+    name = config.kernel.name
+    try:
+        return localflash.choose(
+            name, device=device, dtype=dtype, head_dim=_head_dim(files.config), softcap=None
+        )
+    except ValueError as error:
+        raise UserError("kernel", name, str(error).removeprefix(f"kernel={name}: ")) from error
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _layout(config: Config) -> str:
+    strategy = config.strategy
+    return f", layout {strategy.layout}" if isinstance(strategy, RingConfig) else ""

@@ -1,0 +1,35 @@
+"""What both strategies share: transports, layouts, ring schedules, the cross-rank merge."""
+
+from seqpar.layout import Layout, LayoutKind, Run, Runs, positions, token_count
+from seqpar.local import Attend, Partial, attend_tiles
+from seqpar.schedule import Step, Tile, ring_steps, tiles, visible
+from seqpar.softmax import attend_sharded, merge_across_ranks
+from seqpar.threads import Link, ThreadTransport, ThreadWorld
+from seqpar.transport import Counters, Event, Handle, Transport, TransportError
+
+__all__ = [
+    "Attend",
+    "Counters",
+    "Event",
+    "Handle",
+    "Layout",
+    "LayoutKind",
+    "Link",
+    "Partial",
+    "Run",
+    "Runs",
+    "Step",
+    "ThreadTransport",
+    "ThreadWorld",
+    "Tile",
+    "Transport",
+    "TransportError",
+    "attend_sharded",
+    "attend_tiles",
+    "merge_across_ranks",
+    "positions",
+    "ring_steps",
+    "tiles",
+    "token_count",
+    "visible",
+]

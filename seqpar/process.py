@@ -1,0 +1,230 @@
+"""Ranks as processes: torch.distributed over NCCL on CUDA, over gloo elsewhere.
+
+gloo moves CUDA tensors through host copies, so that several ranks can share one card.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar.transport import Done, Handle, Transport, TransportError
+
+T = TypeVar("T")
+
+# the newer name; the older one warns where both exist
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class ProcessTransport(Transport):
+    """One rank of a torch.distributed group."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        store: dist.Store,
+        device: torch.device,
+        timeout_s: float,
+    ):
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout_s)
+        self.name = str(dist.get_backend(group))
+        self._group, self._store = group, store
+        self._staged = self.name == "gloo" and device.type != "cpu"
+
+    def subgroup(self, ranks: Sequence[int]) -> Transport:
+        members = [dist.get_global_rank(self._group, rank) for rank in ranks]
+        group = dist.new_group(members, use_local_synchronization=True)
+        return ProcessTransport(group, self._store, self.device, self.timeout_s)
+
+    def barrier(self) -> None:
+        with self._faults_named():
+            dist.barrier(self._group)
+
+    def phases(self) -> dict[int, str]:
+        keys = {rank: f"phase/{rank}" for rank in range(self.world_size)}
+        return {
+            rank: self._store.get(key).decode()
+            for rank, key in keys.items()
+            if self._store.check([key])
+        }
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _publish(self, phase: str) -> None:
+        self._store.set(f"phase/{dist.get_rank()}", phase)
+
+    def _shift(self, send: list[Tensor], to: int, into: list[Tensor], source: int) -> Handle:
+        if to == self.rank:
+            for tensor, target in zip(send, into, strict=True):
+                target.copy_(tensor)
+            return Done()
+        outgoing, incoming = self._outgoing(send), self._incoming(into)
+        ops = [dist.P2POp(dist.isend, t, group=self._group, group_peer=to) for t in outgoing]
+        ops += [dist.P2POp(dist.irecv, t, group=self._group, group_peer=source) for t in incoming]
+        if not ops:
+            return Done()
+        with self._faults_named():
+            works = dist.batch_isend_irecv(ops)
+        return _Works(self, works, outgoing, incoming, into)
+
+    def _all_gather(self, tensor: Tensor, into: Tensor) -> Handle:
+        (outgoing,), (incoming,) = self._outgoing([tensor]), self._incoming([into])
+        with self._faults_named():
+            work = _all_gather(
+                incoming.flatten(), outgoing.flatten(), group=self._group, async_op=True
+            )
+        return _Works(self, [work], [outgoing], [incoming], [into])
+
+    def _all_to_all(self, send: Sequence[Tensor], into: Sequence[Tensor]) -> Handle:
+        into[self.rank].copy_(send[self.rank])
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        handles = []
+        for distance in range(1, len(others) + 1):  # pairs in the same order on every rank
+            to = (self.rank + distance) % self.world_size
+            source = (self.rank - distance) % self.world_size
+            outgoing = [send[to]] if send[to].numel() else []
+            incoming = [into[source]] if into[source].numel() else []
+            handles.append(self._shift(outgoing, to, incoming, source))
+        return _Together(handles)
+
+    def _broadcast(self, tensor: Tensor, root: int) -> Handle:
+        (moved,) = self._incoming([tensor], keep=True)
+        with self._faults_named():
+            work = dist.broadcast(moved, group=self._group, group_src=root, async_op=True)
+        return _Works(self, [work], [], [moved], [tensor])
+
+    def _outgoing(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if self._staged:
+            return [tensor.detach().cpu() for tensor in tensors]
+        return [tensor.detach().contiguous() for tensor in tensors]
+
+    def _incoming(self, tensors: Sequence[Tensor], keep: bool = False) -> list[Tensor]:
+        if self._staged:
+            empty = [torch.empty(t.shape, dtype=t.dtype) for t in tensors]
+            return [e.copy_(t) for e, t in zip(empty, tensors, strict=True)] if keep else empty
+        return list(tensors)
+
+    def _faults_named(self) -> _NamedFaults:
+        return _NamedFaults(self)
+
+
+class _NamedFaults:
+    """Turns a library's error about a peer into one that names rank and phase."""
+
+    def __init__(self, transport: Transport):
+        self._transport = transport
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, TransportError):
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise TransportError(
+                self._transport.rank,
+                self._transport.phase,
+                f"lost contact with another rank ({lines[0]})",
+            ) from error
+
+
+class _Works:
+    def __init__(
+        self,
+        transport: ProcessTransport,
+        works: Sequence[dist.Work],
+        outgoing: Sequence[Tensor],
+        incoming: Sequence[Tensor],
+        into: Sequence[Tensor],
+    ):
+        self._transport, self._works, self._outgoing = transport, list(works), outgoing
+        self._incoming, self._into = incoming, into
+
+    def wait(self) -> None:
+        with self._transport._faults_named():
+            for work in self._works:
+                work.wait()
+        for moved, target in zip(self._incoming, self._into, strict=True):
+            if moved.data_ptr() != target.data_ptr():
+                target.copy_(moved)
+        self._works, self._outgoing, self._incoming, self._into = [], [], [], []
+
+
+class _Together:
+    def __init__(self, handles: Sequence[Handle]):
+        self._handles = handles
+
+    def wait(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started as one rank of several (by torchrun or alike)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_ranks() -> int:
+    """Ranks on this machine, by torchrun's environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def connect(
+    backend: str,
+    device: torch.device,
+    *,
+    timeout_s: float,
+    threads_per_rank: int | None = None,
+    store: dist.Store | None = None,
+) -> ProcessTransport:
+    """Join the group that torchrun's environment describes.
+
+    `store` is where phases are published; by default the group's own.  On a CPU the ranks of
+    one machine share its cores evenly unless `threads_per_rank` says otherwise.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    own_store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend,
+        store=own_store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
+    )
+    if device.type == "cpu":
+        torch.set_num_threads(threads_per_rank or max(1, (os.cpu_count() or 1) // local_ranks()))
+    assert dist.group.WORLD is not None
+    phases = store or dist.PrefixStore("ringstar", own_store)
+    transport = ProcessTransport(dist.group.WORLD, phases, device, timeout_s)
+    _warm_up(transport)
+    return transport
+
+
+def _warm_up(transport: Transport) -> None:
+    """The first exchange between two ranks builds their connection; do it before any timing."""
+    one = torch.zeros(1, device=transport.device)
+    for distance in range(1, transport.world_size):
+        transport.shift([one], [torch.empty_like(one)], distance).wait()
+    transport.all_gather(one, one.new_empty(transport.world_size, 1)).wait()
+    transport.counters.bytes_sent = 0
+    transport.counters.calls.clear()
+
+
+class ProcessWorld:
+    """This process's one rank, with the face that `ThreadWorld` has for all of its ranks."""
+
+    def __init__(self, transport: Transport):
+        self.transports = [transport]
+
+    def run(self, rank_fn: Callable[[Transport], T]) -> list[T]:
+        """Run `rank_fn` on this rank; every process of the group does the same."""
+        with torch.inference_mode():
+            return [rank_fn(self.transports[0])]
