@@ -83,6 +83,18 @@ class ExtendPlan:
         kv, queries = _past_traffic(self.new, self.past, costs, window)
         return "kv" if kv <= queries else "queries"
 
+    def pass_bytes(self, costs: Costs, kernel_bytes: int = 0) -> int:
+        """What a ring pass over the new KV allocates on this rank, at most, in bytes.
+
+        Two transfer buffers of the largest share, the running float32 partial, and what the
+        local kernel takes for its largest tile.  Nothing here depends on the number of ranks
+        (from 2 up) or on the length of the document, for given shares.  The paper's 6·b·c·h
+        counts 16-bit activations of blocks with as many KV heads as query heads.
+        """
+        receives = any(step.receive for step in self.new_steps())
+        buffers = 2 * largest_share(self.new) * costs.kv_bytes if receives else 0
+        return buffers + token_count(self.own) * costs.partial_bytes + kernel_bytes
+
     def bytes_sent(self, costs: Costs, window: int | None = None) -> int:
         """What this rank sends for one layer of this extension."""
         total = sum(step.send for step in self.new_steps(window)) * costs.kv_bytes

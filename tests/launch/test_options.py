@@ -1,0 +1,188 @@
+"""python -m pytest tests/launch/test_options.py
+
+The command line is frozen: an option cannot vanish by accident, and free text is free.
+"""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from launch import generate
+from launch.help import help_text
+from launch.options import CONFIG_DIR, GROUPS, compose_config, group_options, option_keys, parse
+from launch.outputs import resolved_config
+from ringstar.config import Config
+
+OPTIONS = [
+    "document.ids_path",
+    "document.path",
+    "document.text",
+    "encode.chunk_tokens",
+    "generation.max_new_tokens",
+    "generation.seed",
+    "generation.stop",
+    "generation.temperature",
+    "generation.top_p",
+    "launch.nproc",
+    "launch.report",
+    "launch.traceback",
+    "model.allow_beyond_limit",
+    "model.cache_dir",
+    "model.dtype",
+    "model.ff_slice_tokens",
+    "model.path",
+    "output.first_logits",
+    "output.path",
+    "question",
+    "question_path",
+    "strategy.layout",
+    "strategy.past_by",
+    "transport.threads_per_rank",
+    "transport.timeout_s",
+    "transport.world_size",
+]
+
+CHOICES = {
+    "strategy": ["dense", "ring"],
+    "transport": ["auto", "gloo", "nccl", "threads"],
+    "kernel": ["auto", "cudnn", "efficient", "reference", "torch"],
+    "model": ["hf", "smollm2"],
+    "experiment": ["chunked", "laptop"],
+}
+
+TEXTS = [
+    "What's the ship's name (if it has one)?",
+    'He said "no", didn\'t he?',
+    "a, b, [c], {d: e}, (f)",
+    "x=1; y=2",
+    "two\nlines\n",
+    "Wie heißt 船?  🚢",
+    "42",
+    "null",
+    "true",
+    "[]",
+    "- a\n- b",
+    "${oc.env:HOME}",
+    "${unclosed",
+    "${{x}}",
+    "\\n \\ %s {} $HOME ~ * ?",
+    "--help me",
+    " spaces around ",
+    "=",
+    "'",
+]
+TEXT_KEYS = [
+    "question",
+    "question_path",
+    "document.text",
+    "document.path",
+    "document.ids_path",
+    "model.path",
+    "model.cache_dir",
+    "output.path",
+    "output.first_logits",
+    "generation.stop",
+]
+
+GROUP_FILES = sorted(
+    path
+    for group in GROUPS
+    if group != "experiment"
+    for path in (CONFIG_DIR / group).glob("*.yaml")
+)
+
+
+def value_of(config: Config, key: str):
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_every_option_is_still_there():
+    assert sorted(option_keys(compose_config([]))) == OPTIONS
+
+
+def test_every_choice_is_still_there():
+    assert {group: group_options(group) for group in GROUPS} == CHOICES
+
+
+def test_every_folder_of_configs_is_a_group():
+    folders = {p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set(GROUPS)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_yaml_composes(group):
+    for name in group_options(group):
+        config = parse([f"{group}={name}"])
+        assert isinstance(config, Config)
+        if group != "experiment":
+            assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_yaml_names_its_schema(path):
+    defaults = yaml.safe_load(path.read_text())["defaults"]
+    schemas = [entry for entry in defaults if str(entry).startswith("/schema/")]
+    assert schemas
+    assert all(entry.endswith("@_here_") for entry in schemas)
+    assert defaults[-1] == "_self_"
+
+
+def test_experiments_hold_deltas_only():
+    for name in group_options("experiment"):
+        content = yaml.safe_load((CONFIG_DIR / "experiment" / f"{name}.yaml").read_text())
+        assert not any("schema" in str(entry) for entry in content.get("defaults", []))
+
+
+def test_every_option_has_a_help_line():
+    lines = help_text("").splitlines()
+    for key in {*OPTIONS, *GROUPS} - {"launch.report"}:
+        (line,) = [line for line in lines if line.split()[:1] == [key]]
+        assert len(line.split()) > 2
+
+
+def test_help_runs(capsys):
+    assert generate.main(["launch.nproc=2", "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert "generation.top_p" in out
+    assert "launch.nproc=4" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("key", TEXT_KEYS)
+def test_text_is_literal(key):
+    for text in TEXTS:
+        value = value_of(parse([f"{key}={text}", "strategy=ring"]), key)
+        assert value == ([text] if key == "generation.stop" else text)
+
+
+def test_stop_may_be_repeated():
+    config = parse(["generation.stop=a, b", "generation.stop=\n", "generation.stop=a, b"])
+    assert config.generation.stop == ["a, b", "\n", "a, b"]
+
+
+def test_values_that_are_no_text_are_typed():
+    config = parse(
+        ["generation.top_p=1", "launch.nproc=null", "transport.timeout_s=1e3", "kernel=torch"]
+    )
+    assert (config.generation.top_p, config.transport.timeout_s) == (1.0, 1000.0)
+    assert config.launch.nproc is None
+    assert config.kernel.name == "torch"
+
+
+def test_an_option_beats_its_experiment():
+    config = parse(["experiment=laptop", "transport.world_size=2"])
+    assert (config.transport.name, config.transport.world_size) == ("threads", 2)
+    assert config.model.name == "smollm2"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_resolved_config_says_the_same(text):
+    config = parse([f"question={text}", f"document.text={text}", f"generation.stop={text}"])
+    read = yaml.safe_load(resolved_config(config))
+    want = dataclasses.asdict(config)
+    del want["launch"]["report"]
+    assert read == want

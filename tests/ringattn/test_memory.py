@@ -1,0 +1,60 @@
+"""python -m pytest tests/ringattn/test_memory.py
+
+The peak of a ring pass, counted from live tensors, is what the plan says, at any world size.
+"""
+
+import pytest
+import torch
+
+from localflash import DenseKV, attend
+from ringattn import Costs, ExtendPlan, KVBuffers, Ring, extend
+from seqpar import Layout
+from tests.support.memory import LiveBytes
+from tests.support.ranks import in_processes
+
+HEADS, KV_HEADS, DIM, TOKENS = 6, 2, 16, 512
+COSTS = Costs(HEADS, KV_HEADS, DIM, 4)
+WORLDS = (2, 3, 4, 8)
+
+
+def measured(transport, layout, kernel):
+    """(peak of the pass, what the plan says) on this rank."""
+    world = transport.world_size
+    runs = tuple(Layout(layout, 0, TOKENS * world, world).runs(r) for r in range(world))
+    plan = ExtendPlan(transport.rank, runs, ((),) * world)
+    torch.manual_seed(transport.rank)
+    q = torch.randn(1, TOKENS, HEADS, DIM)
+    new = DenseKV(torch.randn(1, TOKENS, KV_HEADS, DIM), torch.randn(1, TOKENS, KV_HEADS, DIM))
+    steps = plan.new_steps()
+    kernel_bytes = max(workspace(kernel, q, new, tile) for step in steps for tile in step.tiles)
+    with LiveBytes() as memory:
+        extend(q, new, new.slice(0, 0), plan, "none", Ring(transport, kernel, KVBuffers()))
+    return memory.peak, plan.pass_bytes(COSTS, kernel_bytes)
+
+
+def workspace(kernel, q, kv, tile):
+    """What one kernel call takes beyond its arguments."""
+    part = kv.slice(tile.k.start, tile.k.stop)
+    rows = q[:, tile.q]
+    into = torch.zeros(rows.shape), torch.full((1, HEADS, rows.shape[1]), -torch.inf)
+    with LiveBytes() as memory:
+        kernel(rows, part.k_BTHD, part.v_BTHD, tile.band, into=into)
+    return memory.peak
+
+
+def in_place(q, k, v, band, *, into):
+    """A kernel that accumulates without scratch, as the GPU ones do."""
+    return into
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped", "contiguous"])
+def test_a_pass_allocates_what_the_plan_says(layout):
+    for kernel in (in_place, attend):
+        peaks = {}
+        for world in WORLDS:
+            results = in_processes(world, measured, layout, kernel)
+            for peak, planned in results:
+                assert abs(peak - planned) <= 0.02 * planned
+            peaks[world] = max(peak for peak, _ in results)
+        # flat from 2 ranks to 8 at the same local length
+        assert max(peaks.values()) <= 1.02 * min(peaks.values())

@@ -1,0 +1,106 @@
+"""python -m pytest tests/ringstar/test_processes.py
+
+Depth over real processes: one start of the ranks per world size runs all its cases.
+"""
+
+import pytest
+import torch
+
+from ringattn import Costs, ExtendPlan
+from ringstar import LongContext
+from ringstar.config import Config, ModelConfig, RingConfig
+from seqpar import Layout
+from seqpar.process import ProcessWorld
+from tests.support.models import FAMILIES, expected, random_ids, relative_error, tiny_folder
+from tests.support.ranks import in_processes, in_threads
+
+LAYOUTS = ("zigzag", "striped", "contiguous")
+BOUND, GREEDY = 1e-5, 32
+
+
+def cases(world):
+    """(family, layout, chunk_tokens, document, query)"""
+    lengths = (1, 2, max(1, world - 1), world, 55, 101)
+    for number, family in enumerate(FAMILIES):
+        for turn, layout in enumerate(LAYOUTS):
+            for document in lengths:
+                yield family, layout, 8192, document, (1, 2, 70)[(turn + document) % 3]
+            yield family, layout, 5 + number, 83, 4
+    for layout in LAYOUTS:
+        yield "llama", layout, 300, 1201, 9
+
+
+def folders():
+    return {family: tiny_folder(family) for family in FAMILIES}
+
+
+def answers(transport, where, world):
+    """First logits and tokens of every case; the model of a family is loaded once."""
+    results = []
+    for family, layout, chunk_tokens, document, query in cases(world):
+        config = Config(model=ModelConfig(path=where[family]), strategy=RingConfig(layout=layout))
+        config.encode.chunk_tokens = chunk_tokens
+        runtime = LongContext.from_config(config, ProcessWorld(transport))
+        encoded = runtime.encode(random_ids(document, seed=1))
+        new = GREEDY if document > 10 else 2
+        answer = runtime.ask(encoded, random_ids(query, seed=2), max_new_tokens=new)
+        results.append((answer.first_logits.numpy(), answer.ids))
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4, 5, 8])
+def test_equal_to_one_device(world):
+    where = folders()
+    ranks = in_processes(world, answers, where, world)
+    for case, *given in zip(cases(world), *ranks, strict=True):
+        family, _, _, document, query = case
+        ids = random_ids(document, seed=1) + random_ids(query, seed=2)
+        want = expected(where[family], ids, GREEDY if document > 10 else 2)
+        for logits, tokens in given:  # every rank says the same
+            assert relative_error(torch.from_numpy(logits), want.logits_V) <= BOUND, case
+            assert tokens == want.ids, case
+
+
+def one_answer(transport, folder, layout):
+    config = Config(model=ModelConfig(path=folder), strategy=RingConfig(layout=layout))
+    config.encode.chunk_tokens = 20
+    runtime = LongContext.from_config(config, ProcessWorld(transport))
+    answer = runtime.ask(runtime.encode(random_ids(90)), random_ids(5), max_new_tokens=4)
+    return answer.first_logits, answer.metrics
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transports_agree_bitwise_and_count_alike(layout):
+    folder = tiny_folder("llama")
+    processes = in_processes(3, one_answer, folder, layout)
+    threads = in_threads(3, one_answer, folder, layout)
+    for (logits, metrics), (simulated, simulated_metrics) in zip(processes, threads, strict=True):
+        assert torch.equal(logits, simulated)
+        assert metrics.kv_bytes == simulated_metrics.kv_bytes
+        assert metrics.bytes_sent == simulated_metrics.bytes_sent
+
+
+def encoded_bytes(transport, folder, layout, document):
+    config = Config(model=ModelConfig(path=folder), strategy=RingConfig(layout=layout))
+    runtime = LongContext.from_config(config, ProcessWorld(transport))
+    before = transport.counters.bytes_sent
+    encoded = runtime.encode(random_ids(document))
+    (shard,) = encoded.shards
+    buffers = runtime._engines[transport.rank]._strategy._buffers.nbytes
+    sent = transport.counters.bytes_sent - before
+    return shard.cache.allocated_nbytes, buffers, sent
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_kv_is_really_sharded(world, layout):
+    document, layers, costs = 120, 2, Costs(4, 2, 16, 4)
+    ranks = in_threads(world, encoded_bytes, tiny_folder("llama"), layout, document)
+    runs = tuple(Layout(layout, 0, document, world).runs(rank) for rank in range(world))
+    for rank, (held, buffers, sent) in enumerate(ranks):
+        share = document // world * costs.kv_bytes  # of one layer
+        assert held == layers * share
+        assert buffers <= 2 * share
+        plan = ExtendPlan(rank, runs, ((),) * world)
+        assert sent == layers * plan.bytes_sent(costs)
