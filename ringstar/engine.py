@@ -78,6 +78,7 @@ class RankEngine:
         sampler = Sampler(settings)
         shard.cache.truncate(shard.runs)
         start, new = shard.tokens, list(query_ids)
+        shard.cache.reserve(shard.cache.tokens + self._most_kept(len(new), settings))
         self._transport.publish("question")
         first = True
         while True:
@@ -87,6 +88,11 @@ class RankEngine:
             start, new, first = start + len(new), [token], False
             if self._transport.phase != "decode":
                 self._transport.publish("decode")
+
+    def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
+        """The most tokens of a question and its answer that one rank may have to keep."""
+        world = self._transport.world_size
+        return -(-query_tokens // world) + -(-settings.max_new_tokens // world)
 
     def _extend(
         self, ids: Sequence[int], extension: Extension, cache: ShardedCache, progress: _Progress

@@ -92,8 +92,9 @@ class ThreadWorld:
                     worker.join(0.2)  # a bare join would hold back Ctrl-C
         except BaseException as error:
             self.abort(error)
+            give_up_at = time.monotonic() + 5.0
             for worker in workers:
-                worker.join(5.0)
+                worker.join(max(0.0, give_up_at - time.monotonic()))
             raise
         if self.failure is not None:
             raise self.failure

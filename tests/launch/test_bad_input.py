@@ -3,6 +3,7 @@
 Wrong input ends with status 2 and one line that names it, before any weight is read.
 """
 
+import functools
 import io
 import json
 import os
@@ -16,10 +17,22 @@ import torch
 from transformers import AutoConfig
 
 import launch.generate
+import launch.options
 from launch.generate import main
+from launch.options import compose_config
 from ringstar.models import ModelFiles
 
 QUESTION = "question=Who?"
+
+
+@functools.cache
+def composed(overrides: tuple[str, ...]):
+    return compose_config(overrides)
+
+
+def compose_once(overrides):
+    """Hydra takes a tenth of a second, and most arguments here compose alike."""
+    return composed(tuple(overrides))
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +45,7 @@ def _poison(monkeypatch):
     monkeypatch.setattr(ModelFiles, "load", touched)
     monkeypatch.setattr(launch.generate, "start_ranks", touched)
     monkeypatch.setattr(launch.generate, "make_ranks", touched)
+    monkeypatch.setattr(launch.options, "compose_config", compose_once)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Scripts whose dated results are committed beside them, in `results/`."""

@@ -1,0 +1,68 @@
+"""What every benchmark shares: repeated CPU timing, and where and with what it was done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+WARM_UPS, REPEATS = 2, 5
+_PACKAGES = ("torch", "transformers", "ring-attention-pytorch", "ringstar")
+
+
+def cpu_seconds(
+    work: Callable[[], Any], before: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """CPU and wall seconds of `work` in this process, `REPEATS` times after `WARM_UPS`.
+
+    `before` runs untimed each time: a barrier, so that ranks start together.
+    """
+    cpu, wall = [], []
+    for repeat in range(WARM_UPS + REPEATS):
+        before()
+        cpu_started, wall_started = time.process_time(), time.perf_counter()
+        work()
+        if repeat >= WARM_UPS:
+            cpu.append(time.process_time() - cpu_started)
+            wall.append(time.perf_counter() - wall_started)
+    return {"cpu": cpu, "wall": wall}
+
+
+def over_ranks(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Medians over repeats of the ranks' CPU time together, and of the slowest one's wall time."""
+    total = [sum(times) for times in zip(*(rank["cpu"] for rank in ranks), strict=True)]
+    slowest = [max(times) for times in zip(*(rank["wall"] for rank in ranks), strict=True)]
+    return {"cpu_s": statistics.median(total), "wall_s": statistics.median(slowest)}
+
+
+def circumstances() -> dict[str, Any]:
+    """Command, versions, hardware, commit and date."""
+    return {
+        "command": " ".join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+        "hardware": f"{os.cpu_count()} cores of {_processor()}",
+        "repeats": f"medians of {REPEATS} after {WARM_UPS} warm-ups",
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()

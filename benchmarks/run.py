@@ -1,0 +1,71 @@
+"""CPU benchmarks, as ratios in one run.
+
+    python -m benchmarks.run [attention] [encode] [decode]
+
+Prints a table and writes `benchmarks/results/DATE-cpu.json` and `.md`; takes about 15 minutes
+on two cores for all three.  Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import attention, model
+from benchmarks.measure import circumstances
+from ringstar.config import ModelConfig
+from ringstar.models import find_model, quiet_transformers
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS = 4096
+
+
+def main(names: list[str]) -> None:
+    quiet_transformers()
+    folder = str(find_model(ModelConfig(name="smollm2")).folder)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "attention": attention.run,
+        "decode": lambda: model.decode(folder, "float32", TOKENS, (2, 4)),
+        "encode": lambda: model.encode(folder, "float32", TOKENS, (2, 4)),
+    }
+    results: dict[str, Any] = {"circumstances": circumstances()}
+    for name in names or list(parts):
+        results[name] = parts[name]()
+        print(table({name: results[name]}), flush=True)
+    path = RESULTS / f"{results['circumstances']['date']}-cpu"
+    RESULTS.mkdir(exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(document(results))
+    print(f"written: {path}.json and .md")
+
+
+def document(results: dict[str, Any]) -> str:
+    """The whole run as Markdown."""
+    where = results["circumstances"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return (
+        f"# CPU benchmarks, {where['date']}\n\n`{where['command']}` at {where['commit']} on"
+        f" {where['hardware']}; {versions}; {where['repeats']}.\n\n"
+        + table({name: part for name, part in results.items() if name != "circumstances"})
+    )
+
+
+def table(parts: dict[str, Any]) -> str:
+    lines = []
+    for name, part in parts.items():
+        lines += [f"## {name}: {part['what']}", "", "| | CPU s | wall s |", "|---|---|---|"]
+        for row, value in part.items():
+            if isinstance(value, dict):
+                cpu, wall = value.values()
+                lines.append(f"| {row} | {cpu:.4g} | {wall:.4g} |")
+            elif row != "what":
+                lines.append(f"| **{row}** | **{value:.2f}** | |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,4 @@
+"""`python -m launch` names the commands."""
+
+print("python -m launch.generate --help   answer a question about a long document")
+print("python -m launch.demo              a real model, 6,000 tokens, four ranks")

@@ -1,0 +1,206 @@
+"""A real model answers questions about 6,000 tokens whose KV is spread over four ranks.
+
+    python -m launch.demo                       # ranks: every GPU where there are several, else 4
+    python -m launch.demo launch.nproc=2 strategy.layout=striped
+    python -m launch.demo model.path=DIR        # your own model
+
+The same questions are put to plain Hugging Face on one device. The exit status is 0 only if
+every answer is the same there, and right.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from launch.demo_text import FACTS, demo_document
+from launch.faults import DONE, FAULT, Reporter, exit_status, leave
+from launch.generate import check_launch, show_choices
+from launch.options import parse
+from launch.progress import encode_bar
+from launch.ranks import join_launcher, start_ranks
+from ringstar.config import Config
+from ringstar.models import ModelFiles, choose_dtype, find_model, quiet_transformers
+from ringstar.models.one_device import OneDevice, PlainAnswer
+from ringstar.ranks import check_ranks, make_ranks
+from ringstar.runtime import LongContext
+from seqpar.process import under_torchrun
+
+TOKENS = 6000
+DEFAULTS = ("model=smollm2", "model.dtype=float32", "generation.max_new_tokens=24")
+MIB = 1024**2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The parent prepares, starts the ranks, compares and tells; a rank only answers."""
+    if {"-h", "--help"} & set(arguments):
+        print((__doc__ or "").strip())
+        return DONE
+    reporter = Reporter()
+    return exit_status(lambda: _run(arguments, reporter), reporter)
+
+
+def _run(arguments: Sequence[str], reporter: Reporter) -> int:
+    quiet_transformers()
+    if under_torchrun():
+        config = parse(arguments)
+        reporter.store = join_launcher(config.launch.report or "")
+        _answer_as_rank(config, reporter.store)
+        return DONE
+    gpus = torch.cuda.device_count()
+    options = _with_defaults(arguments, [f"launch.nproc={gpus if gpus > 1 else 4}", *DEFAULTS])
+    config = parse(options)
+    check_launch(config)
+    _say(f"model: {config.model.path or config.model.name} (the first time it is converted once)")
+    files = find_model(config.model)
+    with tempfile.TemporaryDirectory(prefix="ringstar-demo-") as folder:
+        request = _write_request(files, Path(folder))
+        given = [
+            f"model.path={files.folder}",
+            f"document.ids_path={folder}/request.json",
+            f"output.path={folder}/answers.json",
+        ]
+        own = _with_defaults(given, options)
+        status = start_ranks("launch.demo", own, config.launch.nproc or 1)
+        if status != DONE:
+            return status
+        answers = json.loads((Path(folder) / "answers.json").read_text())
+        logits = load_file(Path(folder) / "logits.safetensors")
+    plain = _plain_answers(config, files, request)
+    return _compare(files, answers, logits, plain)
+
+
+def _with_defaults(arguments: Sequence[str], defaults: Sequence[str]) -> list[str]:
+    """`arguments`, and those of the defaults that they do not set."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    return [*(d for d in defaults if d.partition("=")[0] not in given), *arguments]
+
+
+def _write_request(files: ModelFiles, folder: Path) -> dict[str, Any]:
+    tokenizer = files.tokenizer
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    document = demo_document(count, TOKENS - 100)  # the rest is for template and question
+    request = {
+        "context_ids": files.context_ids(document),
+        "queries": [files.query_ids(fact.question) for fact in FACTS],
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+    _say(
+        f"document: {len(request['context_ids']):,} tokens of Python's documentation with"
+        f" {len(FACTS)} facts planted in it"
+    )
+    return request
+
+
+def _answer_as_rank(config: Config, phases: Any) -> None:
+    show_choices()
+    check_ranks(config)
+    request = json.loads(Path(config.document.ids_path or "").read_text())
+    runtime = LongContext(config, find_model(config.model), *make_ranks(config.transport, phases))
+    with encode_bar(len(request["context_ids"]), shown=runtime.rank == 0) as on_progress:
+        document = runtime.encode(request["context_ids"], on_progress)
+    answers, logits = [], {}
+    for number, query in enumerate(request["queries"]):
+        answer = runtime.ask(document, query)
+        logits[str(number)] = answer.first_logits.contiguous()
+        answers.append(
+            {
+                "text": answer.text,
+                "ids": answer.ids,
+                "ttft_s": answer.ttft_s,
+                "tpot_s": answer.tpot_s,
+                "bytes_sent": max(answer.metrics.bytes_sent),
+                "kv_bytes": max(answer.metrics.kv_bytes),
+            }
+        )
+    if runtime.rank == 0:
+        output = Path(config.output.path or "")
+        how = f"{runtime.world_size} ranks over {runtime.transport} on {runtime.device.type}"
+        found = {"how": how, "encode_s": document.encode_s, "answers": answers}
+        output.write_text(json.dumps(found))
+        save_file(logits, output.with_name("logits.safetensors"))
+    runtime.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    encode_s: float
+    answers: list[PlainAnswer]
+
+
+def _plain_answers(config: Config, files: ModelFiles, request: dict[str, Any]) -> _Plain:
+    _say("now the same on one device with plain Hugging Face, to compare")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, _ = choose_dtype(config.model, files.config, device)
+    one = OneDevice(files, dtype, device)
+    encode_s = one.encode(request["context_ids"])
+    limit = config.generation.max_new_tokens
+    return _Plain(encode_s, [one.ask(query, limit) for query in request["queries"]])
+
+
+def _compare(
+    files: ModelFiles, found: dict[str, Any], logits: dict[str, torch.Tensor], plain: _Plain
+) -> int:
+    """Print the table and the verdict; DONE only if all is the same and right."""
+    table = Table(title=f"{found['how']}, one device beside it", show_lines=True)
+    for name in ("question", "ranks answer", "one device answers", "logits differ by"):
+        table.add_column(name, overflow="fold")
+    for name in ("TTFT s", "TPOT ms", "sent/rank MiB", "KV/rank MiB"):
+        table.add_column(name, justify="right")
+    faults = []
+    for number, (fact, answer, want) in enumerate(
+        zip(FACTS, found["answers"], plain.answers, strict=True)
+    ):
+        want_text = files.tokenizer.decode(want.ids, skip_special_tokens=True)
+        difference = (logits[str(number)] - want.first_logits).norm() / want.first_logits.norm()
+        if answer["ids"] != want.ids:
+            faults.append(f"answer {number + 1} differs from one device's")
+        if fact.expected not in answer["text"]:
+            faults.append(f"answer {number + 1} is wrong: {fact.expected!r} is not in it")
+        table.add_row(
+            fact.question.removeprefix("According to the text above, "),
+            answer["text"].strip(),
+            "the same" if answer["ids"] == want.ids else want_text.strip(),
+            f"{difference:.1e}",
+            f"{answer['ttft_s']:.2f}",
+            f"{1000 * answer['tpot_s']:.0f}",
+            f"{answer['bytes_sent'] / MIB:.0f}",
+            f"{answer['kv_bytes'] / MIB:.0f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(
+        f"The ranks encoded the document once in {found['encode_s']:.1f} s, one device in"
+        f" {plain.encode_s:.1f} s. TTFT is from question to first token; bytes sent add up.\n"
+    )
+    for fault in faults:
+        print(f"NOT AS IT SHOULD BE: {fault}")
+    if faults:
+        return FAULT
+    print("Every answer is right, and the same as on one device.\n")
+    print("Next, your own document:\n")
+    print("  .venv/bin/python -m launch.generate launch.nproc=4 model=smollm2 \\")
+    print("      document.path=YOUR.txt question='YOUR QUESTION' output.path=result.json")
+    print("\n(model.path=DIR instead of model=smollm2 takes any llama, mistral, qwen2 or qwen3.)")
+    return DONE
+
+
+def _say(line: str) -> None:
+    print(f"ringstar: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    leave(main(sys.argv[1:]))

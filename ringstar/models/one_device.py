@@ -1,0 +1,76 @@
+"""Plain Hugging Face on one device: what every answer of ours is compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from ringstar.models.load import ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
+class PlainAnswer:
+    """Greedy tokens without the end token, the first one's logits (vocab,), and seconds."""
+
+    ids: list[int]
+    first_logits: Tensor
+    ttft_s: float
+    tpot_s: float
+
+
+class OneDevice:
+    """An unmodified model with transformers' own attention and cache."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: str = "sdpa",
+    ):
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+        ).to(device)
+        self._ends = files.end_tokens()
+        self._cache = DynamicCache()
+        self._context_tokens = 0
+
+    @torch.inference_mode()
+    def encode(self, context_ids: Sequence[int]) -> float:
+        """Prefill the document; returns the seconds that it took."""
+        started = time.perf_counter()
+        self._cache, self._context_tokens = DynamicCache(), len(context_ids)
+        self._forward(context_ids)
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
+    def ask(self, query_ids: Sequence[int], max_new_tokens: int) -> PlainAnswer:
+        """Answer greedily; the document stays as it was."""
+        started = time.perf_counter()
+        logits = first_logits = self._forward(query_ids)
+        ids: list[int] = []
+        times = [time.perf_counter()]
+        while (token := int(logits.argmax())) not in self._ends:
+            ids.append(token)
+            if len(ids) == max_new_tokens:
+                break
+            logits = self._forward([token])
+            times.append(time.perf_counter())
+        self._cache.crop(self._context_tokens - self._cache.get_seq_length())  # so many back
+        tpot_s = (times[-1] - times[0]) / max(1, len(times) - 1)
+        return PlainAnswer(ids, first_logits.cpu(), times[0] - started, tpot_s)
+
+    def _forward(self, ids: Sequence[int]) -> Tensor:
+        output = self._model(
+            torch.tensor([list(ids)], device=self._model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[0, -1].float()

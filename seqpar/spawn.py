@@ -1,0 +1,102 @@
+"""Real ranks on this machine from a function: for scripts, benchmarks and tests.
+
+Programs that own their processes' fate use torchrun or `launch.nproc`; this is the shortest way
+to run `rank_fn(transport, *args)` in `world_size` gloo processes and get the results back.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from seqpar.process import ProcessWorld, connect
+
+
+def run_processes(
+    world_size: int,
+    rank_fn: Callable[..., Any],
+    *args: Any,
+    threads_per_rank: int = 1,
+    timeout_s: float = 600.0,
+    preload: Sequence[str] = ("torch", "seqpar"),
+) -> list[Any]:
+    """`rank_fn(transport, *args)` in gloo processes; results in rank order.
+
+    `rank_fn`, its arguments and its result must be picklable.  Ranks are forked from a clean
+    server that has imported `preload`, so that they start fast.
+
+    Raises:
+        RuntimeError: a rank failed (its traceback is in the message) or did not answer in time.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    results = context.Queue()
+    port = free_port()
+    ranks = [
+        context.Process(
+            target=_rank_main,
+            args=(rank, world_size, port, threads_per_rank, timeout_s, rank_fn, args, results),
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    collected: dict[int, Any] = {}
+    try:
+        while len(collected) < world_size:
+            rank, value, error = results.get(timeout=timeout_s)
+            if error:
+                raise RuntimeError(f"rank {rank} failed:\n{error}")
+            collected[rank] = value
+    except queue.Empty:
+        silent = sorted(set(range(world_size)) - set(collected))
+        raise RuntimeError(f"no result from ranks {silent} in {timeout_s:g} s") from None
+    finally:
+        for process in ranks:
+            process.join(10 if len(collected) == world_size else 0.1)
+            if process.is_alive():
+                process.kill()
+    return [collected[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    threads_per_rank: int,
+    timeout_s: float,
+    rank_fn: Callable[..., Any],
+    args: tuple,
+    results: Any,
+) -> None:
+    os.environ |= {  # what torchrun would set
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        cpu = torch.device("cpu")
+        transport = connect("gloo", cpu, timeout_s=timeout_s, threads_per_rank=threads_per_rank)
+        (value,) = ProcessWorld(transport).run(lambda t: rank_fn(t, *args))
+        results.put((rank, value, None))
+        transport.barrier()
+        transport.close()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
