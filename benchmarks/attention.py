@@ -19,7 +19,9 @@ TOKENS, HEADS, KV_HEADS, DIM, WORLD = 4096, 9, 3, 64, 4
 def tensors() -> list[Tensor]:
     """q, k, v (1, T, H, D), float32."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, TOKENS, h, DIM, generator=generator) for h in (HEADS, KV_HEADS, KV_HEADS)]
+    return [
+        torch.randn(1, TOKENS, h, DIM, generator=generator) for h in (HEADS, KV_HEADS, KV_HEADS)
+    ]
 
 
 def one_process() -> dict[str, float]:

@@ -34,9 +34,7 @@ def encode_rank(transport: Transport, folder: str, dtype: str, tokens: int) -> A
     return cpu_seconds(lambda: runtime.encode(ids), transport.barrier)
 
 
-def decode_rank(
-    transport: Transport, folder: str, dtype: str, tokens: int, new_tokens: int
-) -> Any:
+def decode_rank(transport: Transport, folder: str, dtype: str, tokens: int, new_tokens: int) -> Any:
     """CPU and wall seconds of each generated token after the first few."""
     runtime = _runtime(transport, folder, dtype)
     (shard,) = runtime.encode(some_ids(tokens)).shards

@@ -87,13 +87,9 @@ def _with_defaults(arguments: Sequence[str], defaults: Sequence[str]) -> list[st
 
 
 def _write_request(files: ModelFiles, folder: Path) -> dict[str, Any]:
-    tokenizer = files.tokenizer
-
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    document = demo_document(count, TOKENS - 100)  # the rest is for template and question
-    request = {
+    template = len(files.context_ids(""))
+    document = demo_document(lambda text: len(files.context_ids(text)) - template, TOKENS - 100)
+    request: dict[str, Any] = {
         "context_ids": files.context_ids(document),
         "queries": [files.query_ids(fact.question) for fact in FACTS],
     }
@@ -164,7 +160,7 @@ def _compare(
     for number, (fact, answer, want) in enumerate(
         zip(FACTS, found["answers"], plain.answers, strict=True)
     ):
-        want_text = files.tokenizer.decode(want.ids, skip_special_tokens=True)
+        want_text = files.decode(want.ids)
         difference = (logits[str(number)] - want.first_logits).norm() / want.first_logits.norm()
         if answer["ids"] != want.ids:
             faults.append(f"answer {number + 1} differs from one device's")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar.mesh import LIMIT_BYTES, LocalMesh, same_machine
 from seqpar.transport import Done, Handle, Transport, TransportError
 
 T = TypeVar("T")
@@ -35,7 +36,12 @@ class ProcessTransport(Transport):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout_s)
         self.name = str(dist.get_backend(group))
         self._group, self._store = group, store
+        self._mesh: LocalMesh | None = None
         self._staged = self.name == "gloo" and device.type != "cpu"
+
+    def use_mesh(self, mesh: LocalMesh) -> None:
+        """Send small messages over `mesh` instead of the library."""
+        self._mesh = mesh
 
     def subgroup(self, ranks: Sequence[int]) -> Transport:
         members = [dist.get_global_rank(self._group, rank) for rank in ranks]
@@ -55,6 +61,8 @@ class ProcessTransport(Transport):
         }
 
     def close(self) -> None:
+        if self._mesh is not None:
+            self._mesh.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -77,6 +85,13 @@ class ProcessTransport(Transport):
 
     def _all_gather(self, tensor: Tensor, into: Tensor) -> Handle:
         (outgoing,), (incoming,) = self._outgoing([tensor]), self._incoming([into])
+        if self._small(outgoing):
+            incoming[self.rank].copy_(outgoing)
+            others = [rank for rank in range(self.world_size) if rank != self.rank]
+            work = self._over_mesh(
+                dict.fromkeys(others, outgoing), {rank: incoming[rank] for rank in others}
+            )
+            return _Works(self, [work], [outgoing], [incoming], [into])
         with self._faults_named():
             work = _all_gather(
                 incoming.flatten(), outgoing.flatten(), group=self._group, async_op=True
@@ -97,9 +112,26 @@ class ProcessTransport(Transport):
 
     def _broadcast(self, tensor: Tensor, root: int) -> Handle:
         (moved,) = self._incoming([tensor], keep=True)
+        if self._small(moved):
+            others = [rank for rank in range(self.world_size) if rank != root]
+            work = (
+                self._over_mesh(dict.fromkeys(others, moved), {})
+                if self.rank == root
+                else self._over_mesh({}, {root: moved})
+            )
+            return _Works(self, [work], [], [moved], [tensor])
         with self._faults_named():
             work = dist.broadcast(moved, group=self._group, group_src=root, async_op=True)
         return _Works(self, [work], [], [moved], [tensor])
+
+    def _small(self, tensor: Tensor) -> bool:
+        cpu = tensor.device.type == "cpu"
+        return self._mesh is not None and cpu and 0 < tensor.nbytes <= LIMIT_BYTES
+
+    def _over_mesh(self, send: dict[int, Tensor], into: dict[int, Tensor]) -> Handle:
+        assert self._mesh is not None
+        with self._faults_named():
+            return self._mesh.exchange(send, into)
 
     def _outgoing(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self._staged:
@@ -126,7 +158,8 @@ class _NamedFaults:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, TransportError):
+        fault = isinstance(error, (RuntimeError, OSError))
+        if fault and not isinstance(error, TransportError):
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise TransportError(
                 self._transport.rank,
@@ -139,7 +172,7 @@ class _Works:
     def __init__(
         self,
         transport: ProcessTransport,
-        works: Sequence[dist.Work],
+        works: Sequence[Handle | dist.Work],
         outgoing: Sequence[Tensor],
         incoming: Sequence[Tensor],
         into: Sequence[Tensor],
@@ -204,6 +237,8 @@ def connect(
     assert dist.group.WORLD is not None
     phases = store or dist.PrefixStore("ringstar", own_store)
     transport = ProcessTransport(dist.group.WORLD, phases, device, timeout_s)
+    if backend == "gloo" and same_machine(world_size):
+        transport.use_mesh(LocalMesh(rank, world_size, own_store, timeout_s))
     _warm_up(transport)
     return transport
 
@@ -213,7 +248,8 @@ def _warm_up(transport: Transport) -> None:
     one = torch.zeros(1, device=transport.device)
     for distance in range(1, transport.world_size):
         transport.shift([one], [torch.empty_like(one)], distance).wait()
-    transport.all_gather(one, one.new_empty(transport.world_size, 1)).wait()
+    large = torch.zeros(LIMIT_BYTES, device=transport.device)  # past the mesh
+    transport.all_gather(large, large.new_empty(transport.world_size, LIMIT_BYTES)).wait()
     transport.counters.bytes_sent = 0
     transport.counters.calls.clear()
 

@@ -21,9 +21,7 @@ MAY_IMPORT = {
     "ringstar": {"ringstar", "ringattn", "starattn", "seqpar", "localflash"},
     "launch": {"launch", "ringstar"},
 }
-FILES = [
-    (folder, path) for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))
-]
+FILES = [(folder, path) for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imported(path: Path) -> set[str]:

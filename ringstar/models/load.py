@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,10 @@ class ModelFiles:
     def query_ids(self, question: str) -> list[int]:
         """The question's token ids up to where the answer begins."""
         return self.prompt.query_ids(self._needed_tokenizer(), question)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; empty if there is no tokenizer."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
 
     def end_tokens(self) -> frozenset[int]:
         """Every token id that ends an answer."""
