@@ -32,9 +32,8 @@ from launch.ranks import join_launcher, start_ranks
 from ringstar.config import Config
 from ringstar.models import ModelFiles, choose_dtype, find_model, quiet_transformers
 from ringstar.models.one_device import OneDevice, PlainAnswer
-from ringstar.ranks import check_ranks, make_ranks
+from ringstar.ranks import check_ranks, make_ranks, under_torchrun
 from ringstar.runtime import LongContext
-from seqpar.process import under_torchrun
 
 TOKENS = 6000
 DEFAULTS = ("model=smollm2", "model.dtype=float32", "generation.max_new_tokens=24")

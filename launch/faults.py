@@ -11,8 +11,7 @@ from typing import NoReturn
 
 from torch.distributed import Store
 
-from ringstar.errors import UserError
-from seqpar import TransportError
+from ringstar.errors import TransportError, UserError
 
 DONE, FAULT, USER, INTERRUPTED = 0, 1, 2, 130
 

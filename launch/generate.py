@@ -38,9 +38,8 @@ from ringstar.answers import Answer
 from ringstar.config import Config, DenseConfig, RingConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles, find_model, quiet_transformers
-from ringstar.ranks import check_gpus, check_ranks, make_ranks
+from ringstar.ranks import check_gpus, check_ranks, make_ranks, under_torchrun
 from ringstar.runtime import Document, LongContext, choose_kernel
-from seqpar.process import under_torchrun
 
 
 def main(arguments: Sequence[str]) -> int:

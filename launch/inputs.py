@@ -14,8 +14,8 @@ from typing import Any
 from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
+from ringstar.ranks import under_torchrun
 from ringstar.runtime import check_ids, check_lengths
-from seqpar.process import under_torchrun
 
 STDIN = "-"
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from seqpar import TransportError
+
+__all__ = ["TransportError", "UserError"]
+
 
 class UserError(ValueError):
     """The user's input or configuration is wrong: one line with key, value and what is allowed."""

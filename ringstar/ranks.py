@@ -14,6 +14,15 @@ from ringstar.errors import UserError
 from seqpar import ThreadWorld, Transport
 from seqpar.process import ProcessWorld, connect, local_ranks, under_torchrun
 
+__all__ = [
+    "Ranks",
+    "check_gpus",
+    "check_ranks",
+    "make_ranks",
+    "under_torchrun",
+    "world_size_of",
+]
+
 T = TypeVar("T")
 
 

@@ -61,7 +61,8 @@ class _Exchange:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().flatten().view(torch.uint8).numpy())
+    flat = tensor.detach().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
 def _connect(

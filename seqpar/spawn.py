@@ -10,6 +10,7 @@ import multiprocessing as mp
 import os
 import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,15 +50,25 @@ def run_processes(
     for process in ranks:
         process.start()
     collected: dict[int, Any] = {}
+    give_up_at = time.monotonic() + timeout_s
     try:
         while len(collected) < world_size:
-            rank, value, error = results.get(timeout=timeout_s)
+            silent = [rank for rank in range(world_size) if rank not in collected]
+            try:
+                rank, value, error = results.get(
+                    timeout=5
+                )  # time for the others to say what they saw
+            except queue.Empty:
+                dead = [rank for rank in silent if ranks[rank].exitcode is not None]
+                if dead and results.empty():
+                    code = ranks[dead[0]].exitcode
+                    raise RuntimeError(f"rank {dead[0]} ended with status {code}") from None
+                if time.monotonic() > give_up_at:
+                    raise RuntimeError(f"no result of ranks {silent} in {timeout_s:g} s") from None
+                continue
             if error:
                 raise RuntimeError(f"rank {rank} failed:\n{error}")
             collected[rank] = value
-    except queue.Empty:
-        silent = sorted(set(range(world_size)) - set(collected))
-        raise RuntimeError(f"no result from ranks {silent} in {timeout_s:g} s") from None
     finally:
         for process in ranks:
             process.join(10 if len(collected) == world_size else 0.1)

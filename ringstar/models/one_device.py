@@ -34,9 +34,10 @@ class OneDevice:
         device: torch.device,
         attention: str = "sdpa",
     ):
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, attn_implementation=attention, local_files_only=True
-        ).to(device)
+        )
+        self._model = model.to(device)
         self._ends = files.end_tokens()
         self._cache = DynamicCache()
         self._context_tokens = 0

@@ -3,9 +3,12 @@
 One contract suite for both transports: each case is per-rank code that asserts.
 """
 
+import os
+
 import pytest
 import torch
 
+from seqpar import TransportError
 from tests.support.ranks import in_processes, in_threads
 
 RUNNERS = {"threads": in_threads, "gloo": in_processes}
@@ -74,6 +77,21 @@ def broadcast_comes_from_the_root(t):
         assert torch.equal(value, tagged(root, 4))
 
 
+def small_and_large_collectives_mix(t):
+    sizes = [10, 20_000, 3, 40_000]  # the larger ones do not fit into one small message
+    got = [torch.empty(t.world_size, size) for size in sizes]
+    handles = [
+        t.all_gather(tagged(t.rank, size), into) for size, into in zip(sizes, got, strict=True)
+    ]
+    value = tagged(t.rank, 7)
+    handles.append(t.broadcast(value, root=t.world_size - 1))
+    for handle in reversed(handles):
+        handle.wait()
+    for size, into in zip(sizes, got, strict=True):
+        assert torch.equal(into, torch.stack([tagged(r, size) for r in range(t.world_size)]))
+    assert torch.equal(value, tagged(t.world_size - 1, 7))
+
+
 def subgroups_number_their_own_ranks(t):
     members = list(range(t.rank % 2, t.world_size, 2))
     group = t.subgroup(members)
@@ -129,12 +147,34 @@ CONTRACT = [
     all_gather_is_in_rank_order,
     all_to_all_takes_unequal_sizes,
     broadcast_comes_from_the_root,
+    small_and_large_collectives_mix,
     subgroups_number_their_own_ranks,
     phases_are_seen_by_all,
     counters_count_payload,
     sent_tensors_may_be_changed_after_the_wait,
     events_tell_what_was_posted_and_awaited,
 ]
+
+
+def lose_a_rank(t):
+    t.publish("the middle")
+    if t.rank == 1:
+        os._exit(1)
+    faults = []
+    for collective in (
+        lambda: t.all_gather(torch.zeros(3), torch.empty(t.world_size, 3)),
+        lambda: t.all_gather(torch.zeros(30_000), torch.empty(t.world_size, 30_000)),
+        lambda: t.shift([torch.zeros(100_000)], [torch.empty(100_000)]),
+    ):
+        with pytest.raises(TransportError, match="rank 0 during the middle: lost contact") as fault:
+            collective().wait()
+        faults.append(str(fault.value))
+    raise KeyError("; ".join(faults))  # this rank is done: its barrier could not be
+
+
+def test_a_rank_that_is_gone_is_an_error_with_rank_and_phase():
+    with pytest.raises(RuntimeError, match=r"rank 0 failed:[\s\S]*KeyError: .*(lost contact.*){3}"):
+        in_processes(2, lose_a_rank)
 
 
 def run_contract(t):

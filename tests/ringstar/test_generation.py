@@ -1,0 +1,140 @@
+"""python -m pytest tests/ringstar/test_generation.py"""
+
+import pytest
+import torch
+
+from ringstar import LongContext, UserError
+from ringstar.answers import TextStream
+from ringstar.config import GenerationConfig
+from ringstar.sampling import Sampler
+from tests.support.models import random_ids, tiny_folder
+
+
+def test_greedy_takes_the_likeliest():
+    assert Sampler(GenerationConfig())(torch.tensor([0.1, 2.0, 1.9])) == 1
+
+
+def test_a_seed_fixes_the_draws():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+
+    def draws(seed):
+        sampler = Sampler(GenerationConfig(temperature=1.0, seed=seed))
+        return [sampler(logits) for _ in range(20)]
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    for top_p, allowed in (
+        (0.4, {0}),
+        (0.5, {0}),
+        (0.6, {0, 1}),
+        (0.9, {0, 1, 2}),
+        (1.0, {0, 1, 2, 3}),
+    ):
+        sampler = Sampler(GenerationConfig(temperature=1.0, top_p=top_p))
+        assert {sampler(logits) for _ in range(400)} == allowed
+
+
+def test_frequencies_follow_the_temperature():
+    logits = torch.tensor([1.0, 0.0])
+    sampler = Sampler(GenerationConfig(temperature=0.5))
+    share = sum(sampler(logits) == 0 for _ in range(4000)) / 4000
+    assert share == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.03)
+
+
+def runtime(world=3):
+    return LongContext.from_pretrained(
+        tiny_folder("llama"), transport="threads", world_size=world, threads_per_rank=1
+    )
+
+
+def test_sampling_does_not_depend_on_the_number_of_ranks():
+    answers = []
+    for world in (1, 2, 4):
+        ring = runtime(world)
+        document = ring.encode(random_ids(30))
+        answer = ring.ask(document, random_ids(4), max_new_tokens=12, temperature=0.8, seed=5)
+        answers.append(answer.ids)
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_an_end_token_ends_the_answer_and_is_not_part_of_it(monkeypatch):
+    ring = runtime()
+    document, question = ring.encode(random_ids(30)), random_ids(4)
+    free = ring.ask(document, question, max_new_tokens=8)
+    assert free.finish_reason == "length"
+    end = free.ids[3]
+    monkeypatch.setattr(type(ring.files), "end_tokens", lambda self: frozenset({end}))
+    ended = ring.ask(document, question, max_new_tokens=8)
+    assert (ended.finish_reason, ended.ids) == ("stop", free.ids[: free.ids.index(end)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"max_new_tokens": 0}, "generation.max_new_tokens=0"),
+        ({"temperature": -1.0}, "generation.temperature=-1.0"),
+        ({"top_p": 7}, "generation.top_p=7"),
+        ({"stop": ["x"]}, "generation.stop=x"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(changes, key):
+    ring = runtime(1)
+    document = ring.encode(random_ids(5))
+    with pytest.raises(UserError, match=key):
+        ring.ask(document, random_ids(2), **changes)
+
+
+def test_ids_and_lengths_are_checked():
+    ring = runtime(1)
+    with pytest.raises(UserError, match="document: is empty"):
+        ring.encode([])
+    with pytest.raises(UserError, match="document=97: token ids must be from 0 to 96"):
+        ring.encode([1, 97])
+    with pytest.raises(UserError, match=r"limit is 8192; model\.allow_beyond_limit=true"):
+        ring.encode([1] * 8193)
+    document = ring.encode([1] * 8000)
+    with pytest.raises(UserError, match=r"8000 tokens \+ question 100 \+ answer 93: 8193 pos"):
+        ring.ask(document, [1] * 100, max_new_tokens=93)
+
+
+class Letters:
+    """A tokenizer of single bytes: characters may need several tokens."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def shown(text: str, stops=()):
+    pieces: list[str] = []
+    stream = TextStream(Letters(), stops, pieces.append)
+    for token in text.encode():
+        if stream.add(token):
+            break
+    return pieces, stream.finish()
+
+
+def test_text_is_streamed_as_it_comes():
+    pieces, text = shown("abc")
+    assert (pieces, text) == (["a", "b", "c"], "abc")
+
+
+def test_unfinished_characters_are_held_back():
+    pieces, text = shown("né€😀")
+    assert pieces == ["n", "é", "€", "😀"]
+    assert text == "né€😀"
+
+
+def test_a_stop_text_ends_the_answer_and_is_never_shown():
+    pieces, text = shown("one STOP two", stops=["STOP"])
+    assert text == "one "
+    assert "".join(pieces) == "one "
+
+
+def test_what_might_have_been_a_stop_text_is_shown_later():
+    pieces, text = shown("a STIR", stops=["STOP"])
+    assert "".join(pieces) == text == "a STIR"
+    assert "STI" in pieces  # held back until it could not be the stop any more
