@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ringstar-ready
 
-.PHONY: setup demo test test-gpu lint bench clean
+.PHONY: help setup demo test lint bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,9 +27,6 @@ demo: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
-
-test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def answers(transport, where, world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8])
 def test_equal_to_one_device(world):
     where = folders()
     ranks = in_processes(world, answers, where, world)
