@@ -35,10 +35,10 @@ from launch.progress import encode_bar
 from launch.ranks import join_launcher, start_ranks
 from launch.weights import check_weights
 from ringstar.answers import Answer
-from ringstar.config import Config, DenseConfig, RingConfig
+from ringstar.config import Config, RingConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles, find_model, quiet_transformers
-from ringstar.ranks import check_gpus, check_ranks, make_ranks, under_torchrun
+from ringstar.ranks import check_gpus, check_ranks, check_strategy, make_ranks, under_torchrun
 from ringstar.runtime import Document, LongContext, choose_kernel
 
 
@@ -150,8 +150,7 @@ def check_launch(config: Config) -> None:
         raise UserError("launch.nproc", nproc, "transport=threads simulates its ranks; drop one")
     if transport.world_size not in (None, nproc):
         raise UserError("transport.world_size", transport.world_size, f"launch.nproc is {nproc}")
-    if isinstance(config.strategy, DenseConfig) and nproc > 1:
-        raise UserError("strategy", "dense", f"runs on one rank, not {nproc}; use ring")
+    check_strategy(config, nproc)
     if transport.name == "nccl":
         check_gpus(nproc)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import localflash
@@ -46,11 +47,13 @@ def ring_attention(
         (B, T, H, D) in q's dtype.
 
     Raises:
-        ValueError: the shapes are not those of the layout.
+        ValueError: the shapes are not those of the layout, or gradients are wanted.
         TransportError: another rank is gone or late.
 
     Source: Liu et al., "Ring Attention with Blockwise Transformers", section 3.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        raise ValueError("ring_attention has no backward pass: call it under torch.no_grad()")
     shares = Layout(layout, 0, length, transport.world_size)
     expected = shares.count(transport.rank)
     for name, tensor in (("q", q), ("k", k), ("v", v)):

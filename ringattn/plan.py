@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Literal
 
-from seqpar import Runs, Step, Tile, ring_steps, tiles, token_count, visible
+from seqpar import Runs, Step, Tile, ring_steps, tiles, token_count, travels, visible
 
 PastBy = Literal["none", "kv", "queries"]
+
+# every layer asks for the same plan again; a long encode has a few plans for each chunk
+_remembered = lru_cache(maxsize=256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,30 +115,26 @@ def largest_share(shares: tuple[Runs, ...]) -> int:
     return max(token_count(runs) for runs in shares)
 
 
-@cache
+@_remembered
 def _steps(
     rank: int, queries: tuple[Runs, ...], keys: tuple[Runs, ...], window: int | None
 ) -> tuple[Step, ...]:
     return ring_steps(rank, list(queries), list(keys), window)
 
 
-@cache
+@_remembered
 def _query_steps(
     rank: int, new: tuple[Runs, ...], past: tuple[Runs, ...], window: int | None
 ) -> tuple[QueryStep, ...]:
     world = len(new)
-
-    def sent(holder: int, step: int) -> int:
-        owner = (holder - step) % world
-        ahead = ((holder + hop) % world for hop in range(1, world - step))
-        wanted = any(visible(new[owner], past[reader], window) for reader in ahead)
-        return token_count(new[owner]) if wanted else 0
-
+    send, receive = (
+        travels(holder % world, new, _reads(new, past, window)) for holder in (rank, rank - 1)
+    )
     return tuple(
         QueryStep(
             owner=(rank - step) % world,
-            send=sent(rank, step),
-            receive=sent((rank - 1) % world, step),
+            send=send[step],
+            receive=receive[step],
             tiles=tiles(new[(rank - step) % world], past[rank], window),
             returned=step > 0 and visible(new[rank], past[(rank + step) % world], window),
         )
@@ -142,15 +142,26 @@ def _query_steps(
     )
 
 
-@cache
+def _reads(
+    new: tuple[Runs, ...], past: tuple[Runs, ...], window: int | None
+) -> Callable[[int, int], bool]:
+    """Whether the queries of `owner` see any past key of `reader`."""
+    return lambda owner, reader: visible(new[owner], past[reader], window)
+
+
+@_remembered
 def _past_traffic(
     new: tuple[Runs, ...], past: tuple[Runs, ...], costs: Costs, window: int | None
 ) -> tuple[int, int]:
-    kv = queries = 0
-    for rank in range(len(new)):
-        kv += sum(step.send for step in _steps(rank, new, past, window)) * costs.kv_bytes
-        queries += _query_traffic(_query_steps(rank, new, past, window), new, rank, costs)
-    return kv, queries
+    """Bytes that all ranks together send for the past: passing KV, passing queries."""
+    reads, ranks = _reads(new, past, window), range(len(new))
+    kv = sum(sum(travels(r, past, lambda source, reader: reads(reader, source))) for r in ranks)
+    queries = sum(sum(travels(r, new, reads)) for r in ranks)
+    returned = sum(
+        token_count(new[owner]) for owner in ranks for r in ranks if r != owner and reads(owner, r)
+    )
+    passed = queries * costs.query_bytes + returned * costs.partial_bytes
+    return kv * costs.kv_bytes, passed
 
 
 def _query_traffic(

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from localflash import DenseKV, empty_partial, merge_into
+from localflash import DenseKV, Partial, empty_partial, merge_into
 from ringattn.plan import ExtendPlan, PastBy, QueryStep, largest_share
-from seqpar import Attend, Handle, Partial, Step, Transport, attend_tiles
+from seqpar import Attend, Handle, Step, Transport, accumulate_tiles
 
 
 class KVBuffers:
@@ -31,7 +31,7 @@ class KVBuffers:
         self._flat: list[Tensor] = []
         self._turn = 0
 
-    def next(self, like: DenseKV, tokens: int, capacity: int) -> DenseKV:
+    def arriving(self, like: DenseKV, tokens: int, capacity: int) -> DenseKV:
         """The buffer that is free now, shaped for `tokens` of at most `capacity`."""
         shapes = [(t.shape[0], tokens, *t.shape[2:]) for t in (like.k_BTHD, like.v_BTHD)]
         per_token = sum(t.shape[0] * t.shape[2] * t.shape[3] for t in (like.k_BTHD, like.v_BTHD))
@@ -66,10 +66,10 @@ def ring_pass(
     """
     held = kv
     for step in steps:
-        arriving = ring.buffers.next(kv, step.receive, capacity) if step.receive else None
+        arriving = ring.buffers.arriving(kv, step.receive, capacity) if step.receive else None
         transfer = ring.transport.shift(_pair(held) if step.send else [], _pair(arriving))
         ring.transport.mark("attend", source=step.source)
-        attend_tiles(q_BTHD, held, step.tiles, into, ring.attend)
+        accumulate_tiles(q_BTHD, held, step.tiles, into, ring.attend)
         transfer.wait()
         held = arriving or kv
 
@@ -86,7 +86,7 @@ def query_pass(
         ring.transport.mark("attend", owner=step.owner)
         own = step.owner == ring.transport.rank
         partial = into if own else empty_partial(held)
-        attend_tiles(held, past, step.tiles, partial, ring.attend)
+        accumulate_tiles(held, past, step.tiles, partial, ring.attend)
         _merge_home(coming_home, into)  # sent a step ago: hidden behind this one's attention
         if not own:
             back = empty_partial(q_BTHD) if step.returned else ()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ringstar.config import GenerationConfig
-from ringstar.engine import Step
+from ringstar.engine import GeneratedToken
 from ringstar.metrics import RankMetrics
 
 FinishReason = Literal["stop", "length"]
@@ -20,7 +20,8 @@ class Answer:
     """An answer and what it took.
 
     `ttft_s` is from the request to the first token (encoding not included), `tpot_s` the mean
-    time of each further one (0 if there was none), both in seconds.  `ids` hold no end token.
+    time of each further one (0 if there was none), `latency_s` that of the whole; seconds.
+    `ids` hold no end token.
     `first_logits (vocab,)` is float32: what the first token was chosen from.
     """
 
@@ -30,12 +31,9 @@ class Answer:
     finish_reason: FinishReason
     ttft_s: float
     tpot_s: float
+    latency_s: float
     first_logits: Tensor
     metrics: RankMetrics
-
-    @property
-    def latency_s(self) -> float:
-        return self.ttft_s + self.tpot_s * max(0, len(self.ids) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Generated:
 
 
 def collect(
-    steps: Iterable[Step],
+    steps: Iterable[GeneratedToken],
     settings: GenerationConfig,
     end_tokens: frozenset[int],
     tokenizer: Any | None,
@@ -76,7 +74,7 @@ def collect(
         if text.add(step.token):
             reason = "stop"
             break
-        if len(ids) == settings.max_new_tokens:
+        if len(ids) >= settings.max_new_tokens:
             break
     assert first_logits is not None
     return Generated(ids, text.finish(), reason, times, first_logits.cpu())
@@ -85,7 +83,8 @@ def collect(
 class TextStream:
     """Decodes tokens as they come, and holds back what may still change.
 
-    Held back: an unfinished character, and the beginning of a stop text.
+    Held back: an unfinished character, and the beginning of a stop text.  Each token is decoded
+    together with the few before it that it may join, never with the whole answer.
     """
 
     def __init__(
@@ -93,6 +92,7 @@ class TextStream:
     ):
         self._tokenizer, self._stops, self._on_text = tokenizer, list(stops), on_text
         self._ids: list[int] = []
+        self._context, self._decoded = 0, 0  # where to decode from; how far text is certain
         self._text, self._shown = "", 0
 
     def add(self, token: int) -> bool:
@@ -100,19 +100,40 @@ class TextStream:
         if self._tokenizer is None:
             return False
         self._ids.append(token)
-        self._text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        found = [at for at in (self._text.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self._text = self._text[: min(found)]
-            return True
-        if not self._text.endswith("\ufffd"):
-            self._show(len(self._text) - self._possible_stop())
-        return False
+        piece = self._next_piece()
+        if piece.endswith("\ufffd"):
+            return False
+        self._context, self._decoded = self._decoded, len(self._ids)
+        return self._take(piece)
 
     def finish(self) -> str:
         """The whole text; shows what was held back."""
+        if self._tokenizer is not None and self._decoded < len(self._ids):
+            self._decoded = len(self._ids)
+            self._take(self._next_piece())
         self._show(len(self._text))
         return self._text
+
+    def _next_piece(self) -> str:
+        """The text of the tokens that are not certain yet."""
+        certain = self._decode(self._ids[self._context : self._decoded])
+        return self._decode(self._ids[self._context :])[len(certain) :]
+
+    def _take(self, piece: str) -> bool:
+        longest = max((len(stop) for stop in self._stops), default=0)
+        search_from = max(0, len(self._text) - longest)
+        self._text += piece
+        found = [at for s in self._stops if (at := self._text.find(s, search_from)) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self._decoded = len(self._ids)
+            return True
+        self._show(len(self._text) - self._possible_stop())
+        return False
+
+    def _decode(self, ids: list[int]) -> str:
+        assert self._tokenizer is not None
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _show(self, stop: int) -> None:
         if self._on_text is not None and stop > self._shown:

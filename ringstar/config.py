@@ -163,33 +163,40 @@ def _rules(config: Config) -> Iterator[Rule]:
         yield _one_of("strategy.layout", strategy.layout, LAYOUTS)
         yield _one_of("strategy.past_by", strategy.past_by, PAST_BY)
     yield _one_of("transport", transport.name, TRANSPORTS)
-    yield _positive("transport.world_size", transport.world_size)
+    yield _count("transport.world_size", transport.world_size)
     in_range = 0 < transport.timeout_s <= MAX_TIMEOUT_S
     allowed = f"allowed: above 0, at most {MAX_TIMEOUT_S:g}"
     yield "transport.timeout_s", transport.timeout_s, in_range, allowed
-    yield _positive("transport.threads_per_rank", transport.threads_per_rank)
+    yield _count("transport.threads_per_rank", transport.threads_per_rank)
     yield _one_of("kernel", config.kernel.name, KERNELS)
     yield _one_of("model", model.name, MODELS)
     yield _one_of("model.dtype", model.dtype, DTYPES)
-    yield _positive("model.ff_slice_tokens", model.ff_slice_tokens)
-    yield _positive("encode.chunk_tokens", config.encode.chunk_tokens)
-    yield _positive("launch.nproc", config.launch.nproc)
+    yield _count("model.ff_slice_tokens", model.ff_slice_tokens)
+    yield _count("encode.chunk_tokens", config.encode.chunk_tokens)
+    yield _count("launch.nproc", config.launch.nproc)
     yield from _generation_rules(config.generation)
 
 
 def _generation_rules(generation: GenerationConfig) -> Iterator[Rule]:
     temperature, top_p = generation.temperature, generation.top_p
-    yield _positive("generation.max_new_tokens", generation.max_new_tokens)
+    yield _count("generation.max_new_tokens", generation.max_new_tokens)
     finite = 0 <= temperature < float("inf")
     yield "generation.temperature", temperature, finite, "allowed: 0 (greedy) or more"
     yield "generation.top_p", top_p, 0 < top_p <= 1, "allowed: above 0, at most 1"
     in_range = -(2**63) <= generation.seed < 2**64
     yield "generation.seed", generation.seed, in_range, "allowed: an integer of 64 bits"
+    listed = isinstance(generation.stop, list)
+    yield "generation.stop", generation.stop, listed, "allowed: a list of texts"
     yield "generation.stop", "", all(generation.stop), "a stop text cannot be empty"
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Rule:
     return key, value, value in allowed, f"allowed: {', '.join(allowed)}"
+
+
+def _count(key: str, value: object) -> Rule:
+    good = value is None or (type(value) is int and value > 0)
+    return key, value, good, "allowed: an integer above 0"
 
 
 def _positive(key: str, value: float | None) -> Rule:

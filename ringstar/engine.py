@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,9 @@ from ringstar.cache import ShardedCache
 from ringstar.config import GenerationConfig
 from ringstar.models import BoundModel
 from ringstar.passes import ExtendPass, ReplicatedPass, turn_runs
-from ringstar.sampling import Sampler
+from ringstar.sampling import NO_TOKEN, Sampler
 from ringstar.strategies import Extension, Strategy
-from seqpar import Run, Runs, Transport, positions
+from seqpar import Run, Runs, Transport, positions, token_count
 
 OnProgress = Callable[[float], None]
 DUMMY_ID = 0
@@ -33,7 +33,7 @@ class DocumentShard:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class GeneratedToken:
     """One generated token, and, with the first, what it was chosen from."""
 
     token: int
@@ -57,11 +57,12 @@ class RankEngine:
     def encode(self, ids: Sequence[int], on_progress: OnProgress) -> DocumentShard:
         """Encode a document of at least one token; its KV stays with the ranks that made it."""
         started = time.perf_counter()
+        self._transport.check_agreement("document", list(ids))
         world, rank = self._transport.world_size, self._transport.rank
         owned: tuple[Runs, ...] = ((),) * world
         plan = list(self._strategy.extensions(0, len(ids), owned))
         cache = ShardedCache()
-        cache.reserve(sum(len(positions(extension.own)) for extension in plan))
+        cache.reserve(sum(token_count(extension.own) for extension in plan))
         progress = _Progress(self._model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
@@ -73,21 +74,25 @@ class RankEngine:
 
     def generate(
         self, shard: DocumentShard, query_ids: Sequence[int], settings: GenerationConfig
-    ) -> Iterator[Step]:
+    ) -> Generator[GeneratedToken, None, None]:
         """Answer tokens, for as long as the caller asks; the document is left as it was."""
+        self._transport.check_agreement("question", list(query_ids), settings)
         sampler = Sampler(settings)
         shard.cache.truncate(shard.runs)
         start, new = shard.tokens, list(query_ids)
         shard.cache.reserve(shard.cache.tokens + self._most_kept(len(new), settings))
         self._transport.publish("question")
         first = True
-        while True:
-            logits = self._replicated(new, start, shard.cache)
-            token = self._agree(logits, sampler)
-            yield Step(token, time.perf_counter(), logits if first else None)
-            start, new, first = start + len(new), [token], False
-            if self._transport.phase != "decode":
-                self._transport.publish("decode")
+        try:
+            while True:
+                logits = self._replicated(new, start, shard.cache)
+                token = self._agree(logits, sampler)
+                yield GeneratedToken(token, time.perf_counter(), logits if first else None)
+                start, new, first = start + len(new), [token], False
+                if self._transport.phase != "decode":
+                    self._transport.publish("decode")
+        finally:
+            shard.cache.truncate(shard.runs)
 
     def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
         """The most tokens of a question and its answer that one rank may have to keep."""
@@ -133,10 +138,11 @@ class RankEngine:
     def _agree(self, logits_V: Tensor, sampler: Sampler) -> int:
         """Rank 0 chooses and tells the others, so that ranks never differ about an end."""
         mine = sampler(logits_V) if self._transport.rank == 0 else 0
-        if self._transport.world_size == 1:
-            return mine
         token = self._tensor([mine])
-        self._transport.broadcast(token, root=0).wait()
+        if self._transport.world_size > 1:
+            self._transport.broadcast(token, root=0).wait()
+        if int(token) == NO_TOKEN:
+            raise RuntimeError("the model gave logits that are not finite")
         return int(token)
 
     def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:

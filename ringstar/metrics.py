@@ -16,7 +16,7 @@ class RankMetrics:
     """One value per rank, in rank order, bytes.
 
     `peak_memory` is the CUDA allocator's peak on a GPU, else the peak resident size of the
-    process (which simulated ranks share).
+    process (which simulated ranks share).  `bytes_sent` counts from the start of the rank.
     """
 
     peak_memory_bytes: list[int]
@@ -26,13 +26,11 @@ class RankMetrics:
 
 def gather_metrics(transport: Transport, kv_bytes: int) -> RankMetrics:
     """Collect every rank's figures on all ranks; its own exchange is not counted."""
-    sent = transport.counters.bytes_sent
-    mine = torch.tensor(
-        [peak_memory(transport.device), kv_bytes, sent], dtype=torch.int64, device=transport.device
-    )
+    figures = [peak_memory(transport.device), kv_bytes, transport.counters.bytes_sent]
+    mine = torch.tensor(figures, dtype=torch.int64, device=transport.device)
     everyone = mine.new_empty(transport.world_size, 3)
-    transport.all_gather(mine, everyone).wait()
-    transport.counters.bytes_sent = sent
+    with transport.uncounted():
+        transport.all_gather(mine, everyone).wait()
     peak, kv, sent_by = (everyone[:, column].tolist() for column in range(3))
     return RankMetrics(peak, kv, sent_by)
 

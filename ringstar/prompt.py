@@ -6,6 +6,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from ringstar.errors import UserError
+
 SEPARATOR = "\n\n"
 
 
@@ -21,11 +23,18 @@ class PromptFormat:
     def context_ids(self, tokenizer: Any, document: str) -> list[int]:
         """Token ids of everything up to the end of the document."""
         text = self.before_document + document
-        return tokenizer.encode(text, add_special_tokens=self.add_special_tokens)
+        ids = tokenizer.encode(text, add_special_tokens=self.add_special_tokens)
+        ends = self.add_special_tokens and ids and ids[-1] == tokenizer.eos_token_id
+        return ids[:-1] if ends else ids  # some tokenizers close every text
 
     def query_ids(self, tokenizer: Any, question: str) -> list[int]:
         """Token ids of everything from the end of the document to where the answer begins."""
         text = SEPARATOR + question + self.after_question
+        # behind a letter, because some tokenizers put a space before what begins a text
+        before = tokenizer.encode("a", add_special_tokens=False)
+        whole = tokenizer.encode("a" + text, add_special_tokens=False)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
         return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -33,16 +42,26 @@ def prompt_format(tokenizer: Any) -> PromptFormat:
     """The model's own chat template with document and question in one user message.
 
     A model without a template gets a plain question and answer form.
+
+    Raises:
+        UserError: the template does not leave the message as it is, so it cannot be split.
     """
     if not getattr(tokenizer, "chat_template", None):
         return PromptFormat("", "\nAnswer:", "no chat template: plain question and answer", True)
-    document, question = (f"<{uuid.uuid4().hex}>" for _ in range(2))
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": document + SEPARATOR + question}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    before, rest = rendered.split(document)
-    after = rest.removeprefix(SEPARATOR).removeprefix(question)
+    document, question = (uuid.uuid4().hex for _ in range(2))
+    message = document + SEPARATOR + question
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError("model.path", None, f"its chat template fails: {reason}") from error
+    before, _, after = rendered.partition(message)
+    around = before + after
+    if message not in rendered or any(part[:8] in around for part in (document, question)):
+        raise UserError(
+            "model.path", None, "its chat template changes the message; give document.ids_path"
+        )
     # the template writes its own beginning-of-text token
     return PromptFormat(before, after, "the model's chat template", False)

@@ -18,6 +18,7 @@ __all__ = [
     "Ranks",
     "check_gpus",
     "check_ranks",
+    "check_strategy",
     "make_ranks",
     "under_torchrun",
     "world_size_of",
@@ -52,14 +53,19 @@ def world_size_of(config: TransportConfig) -> int:
 def check_ranks(config: Config) -> None:
     """Raise UserError for a transport, device or strategy that these ranks cannot have."""
     world_size, name = world_size_of(config.transport), config.transport.name
-    if isinstance(config.strategy, DenseConfig) and world_size > 1:
-        raise UserError("strategy", "dense", f"runs on one rank, not {world_size}; use ring")
+    check_strategy(config, world_size)
     if name == "threads" and under_torchrun() and world_size > 1:
         raise UserError("transport", name, "simulated ranks are one process; torchrun started more")
     if name in ("nccl", "gloo") and not under_torchrun():
         raise UserError("transport", name, "needs ranks: launch.nproc=N, or start with torchrun")
     if name == "nccl":
         check_gpus(local_ranks())
+
+
+def check_strategy(config: Config, world_size: int) -> None:
+    """Raise UserError for a strategy that so many ranks cannot run."""
+    if isinstance(config.strategy, DenseConfig) and world_size > 1:
+        raise UserError("strategy", "dense", f"runs on one rank, not {world_size}; use ring")
 
 
 def check_gpus(ranks: int) -> None:

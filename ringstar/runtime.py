@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from ringstar.engine import DocumentShard, OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.metrics import gather_metrics
 from ringstar.models import ModelFiles, choose_dtype, find_model
-from ringstar.ranks import Ranks, check_ranks, make_ranks
+from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.strategies import make_strategy
 
 log = logging.getLogger("ringstar")
@@ -44,7 +46,8 @@ class Document:
 
     tokens: int
     encode_s: float
-    shards: list[DocumentShard]
+    shards: list[DocumentShard] = field(repr=False)
+    owner: LongContext = field(repr=False, compare=False)
 
     @property
     def kv_bytes(self) -> list[int]:
@@ -140,6 +143,7 @@ class LongContext:
         check(config)
         files = find_model(config.model)
         if ranks is not None:
+            check_strategy(config, ranks.transports[0].world_size)
             return cls(config, files, ranks, "as given")
         check_ranks(config)
         return cls(config, files, *make_ranks(config.transport))
@@ -152,8 +156,7 @@ class LongContext:
         Raises:
             UserError: it is empty, has ids outside the vocabulary, or is too long.
         """
-        ids = self.files.context_ids(document) if isinstance(document, str) else list(document)
-        check_ids("document", ids, self.files.vocab_size)
+        ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
         check_lengths(self.files, self.config.model, len(ids))
         quiet: OnProgress = lambda _: None  # noqa: E731
 
@@ -162,7 +165,7 @@ class LongContext:
             return self._engines[transport.rank].encode(ids, report)
 
         shards = self._ranks.run(encode)
-        return Document(len(ids), max(shard.encode_s for shard in shards), shards)
+        return Document(len(ids), max(shard.encode_s for shard in shards), shards, self)
 
     def ask(
         self,
@@ -184,8 +187,9 @@ class LongContext:
         """
         chosen = replace(settings or self.config.generation, **changes)
         check_generation(chosen)
-        ids = self.files.query_ids(question) if isinstance(question, str) else list(question)
-        check_ids("question", ids, self.files.vocab_size)
+        if document.owner is not self:
+            raise UserError("document", None, "was encoded by another LongContext: encode it here")
+        ids = token_ids("question", question, self.files.query_ids, self.files.vocab_size)
         check_lengths(
             self.files, self.config.model, document.tokens, len(ids), chosen.max_new_tokens
         )
@@ -197,9 +201,11 @@ class LongContext:
         def answer(transport: Any) -> Answer:
             started = time.perf_counter()
             shard = shards[transport.rank]
-            steps = self._engines[transport.rank].generate(shard, ids, chosen)
             shown = on_text if transport.rank == 0 else None
-            made = collect(steps, chosen, ends, tokenizer, shown)
+            engine = self._engines[transport.rank]
+            with closing(engine.generate(shard, ids, chosen)) as steps:
+                made = collect(steps, chosen, ends, tokenizer, shown)
+                metrics = gather_metrics(transport, shard.cache.nbytes)
             times = made.times_s
             return Answer(
                 text=made.text,
@@ -208,8 +214,9 @@ class LongContext:
                 finish_reason=made.finish_reason,
                 ttft_s=times[0] - started,
                 tpot_s=(times[-1] - times[0]) / max(1, len(times) - 1),
+                latency_s=times[-1] - started,
                 first_logits=made.first_logits,
-                metrics=gather_metrics(transport, shard.cache.nbytes),
+                metrics=metrics,
             )
 
         return self._ranks.run(answer)[0]
@@ -223,6 +230,21 @@ class LongContext:
         if self.rank == 0:
             for line in lines:
                 log.info(line)
+
+
+def token_ids(
+    key: str, given: Text, tokenize: Callable[[str], list[int]], vocab_size: int
+) -> list[int]:
+    """Token ids of what a user gave as text or as ids; raises UserError."""
+    if isinstance(given, str):
+        ids = tokenize(given) if given.strip() else []
+    else:
+        try:
+            ids = [operator.index(token) for token in given]
+        except TypeError as error:
+            raise UserError(key, None, f"token ids must be integers ({error})") from error
+    check_ids(key, ids, vocab_size)
+    return ids
 
 
 def check_ids(key: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ringstar.config import GenerationConfig
 
+NO_TOKEN = -1
+
 
 class Sampler:
     """Greedy, or temperature and top-p with a seed; lives on the rank that decides."""
@@ -16,11 +18,14 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(settings.seed)
 
     def __call__(self, logits_V: Tensor) -> int:
-        """The next token for float32 `logits_V (vocab,)`."""
+        """The next token for float32 `logits_V (vocab,)`; NO_TOKEN if they are not all finite."""
+        if not torch.isfinite(logits_V).all():
+            return NO_TOKEN
         if self._temperature == 0:
             return int(logits_V.argmax())
         # on the CPU, so that a seed gives the same draw on every device
-        probs = torch.softmax(logits_V.cpu().double() / self._temperature, dim=-1)
+        below_top = logits_V.cpu().double() - logits_V.max().item()
+        probs = torch.softmax(below_top / self._temperature, dim=-1)
         if self._top_p < 1:
             probs = _nucleus(probs, self._top_p)
         return int(torch.multinomial(probs, 1, generator=self._generator))

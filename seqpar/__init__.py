@@ -1,8 +1,8 @@
 """What both strategies share: transports, layouts, ring schedules, the cross-rank merge."""
 
 from seqpar.layout import Layout, LayoutKind, Run, Runs, positions, token_count
-from seqpar.local import Attend, Partial, attend_tiles
-from seqpar.schedule import Step, Tile, ring_steps, tiles, visible
+from seqpar.local import Attend, accumulate_tiles
+from seqpar.schedule import Step, Tile, ring_steps, tiles, travels, visible
 from seqpar.softmax import attend_sharded, merge_across_ranks
 from seqpar.threads import Link, ThreadTransport, ThreadWorld
 from seqpar.transport import Counters, Event, Handle, Transport, TransportError
@@ -15,7 +15,6 @@ __all__ = [
     "Layout",
     "LayoutKind",
     "Link",
-    "Partial",
     "Run",
     "Runs",
     "Step",
@@ -24,12 +23,13 @@ __all__ = [
     "Tile",
     "Transport",
     "TransportError",
+    "accumulate_tiles",
     "attend_sharded",
-    "attend_tiles",
     "merge_across_ranks",
     "positions",
     "ring_steps",
     "tiles",
     "token_count",
+    "travels",
     "visible",
 ]

@@ -10,11 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from localflash import Band, DenseKV
+from localflash import Band, DenseKV, Partial
 from seqpar.schedule import Tile
-
-Partial = tuple[Tensor, Tensor]
-"""out (B, T, H, D) and lse (B, H, T), float32: attention over some of the keys."""
 
 
 class Attend(Protocol):
@@ -25,7 +22,7 @@ class Attend(Protocol):
     ) -> Partial: ...
 
 
-def attend_tiles(
+def accumulate_tiles(
     q_BTHD: Tensor, kv: DenseKV, tiles: Sequence[Tile], into: Partial, attend: Attend
 ) -> None:
     """Accumulate each tile into the rows that it concerns."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LIMIT_BYTES = 64 * 1024  # less than a socket buffers, so that sending never waits for a reader
+LIMIT_BYTES = 64 * 1024
+_BUFFER_BYTES = 4 * LIMIT_BYTES  # sending never waits for a reader: one message is under way
+_HEADER = struct.Struct("<qq")  # number of the exchange, bytes
 
 
 class LocalMesh:
@@ -28,6 +31,7 @@ class LocalMesh:
     def __init__(self, rank: int, world_size: int, store: dist.Store, timeout_s: float):
         self._peers = _connect(rank, world_size, store, timeout_s)
         self._pending: _Exchange | None = None
+        self._number = 0
 
     def exchange(self, send: Mapping[int, Tensor], into: Mapping[int, Tensor]) -> _Exchange:
         """Send `send[r]` to rank r now; what rank r sends is read into `into[r]` when awaited.
@@ -36,9 +40,12 @@ class LocalMesh:
         """
         if self._pending is not None:
             self._pending.wait()
+        self._number += 1
         for rank, tensor in send.items():
-            self._peers[rank].sendall(_bytes(tensor))
-        self._pending = _Exchange([(self._peers[rank], _bytes(t)) for rank, t in into.items()])
+            self._peers[rank].sendall(_header(self._number, tensor.nbytes) + bytes(_bytes(tensor)))
+        self._pending = _Exchange(
+            self._number, [(self._peers[rank], _bytes(t)) for rank, t in into.items()]
+        )
         return self._pending
 
     def close(self) -> None:
@@ -47,17 +54,37 @@ class LocalMesh:
 
 
 class _Exchange:
-    def __init__(self, awaited: list[tuple[socket.socket, memoryview]]):
-        self._awaited = awaited
+    """Messages that are awaited; the header says which exchange they belong to.
+
+    Ranks that no longer make the same calls in the same order are found out here, before one
+    takes another's bytes for its own.
+    """
+
+    def __init__(self, number: int, awaited: list[tuple[socket.socket, memoryview]]):
+        self._number, self._awaited = number, awaited
 
     def wait(self) -> None:
-        awaited, self._awaited = self._awaited, []
-        for peer, room in awaited:
-            while room:
-                count = peer.recv_into(room)
-                if not count:
-                    raise RuntimeError("connection closed by peer")
-                room = room[count:]
+        while self._awaited:
+            peer, room = self._awaited[0]
+            expected, header = _header(self._number, room.nbytes), bytearray(_HEADER.size)
+            _read(peer, memoryview(header))
+            if header != expected:
+                got, want = _HEADER.unpack(header), _HEADER.unpack(expected)
+                raise RuntimeError(f"ranks are out of step: exchange, bytes {got}, not {want}")
+            _read(peer, room)
+            self._awaited.pop(0)
+
+
+def _header(number: int, nbytes: int) -> bytes:
+    return _HEADER.pack(number, nbytes)
+
+
+def _read(peer: socket.socket, room: memoryview) -> None:
+    while room:
+        count = peer.recv_into(room)
+        if not count:
+            raise RuntimeError("connection closed by peer")
+        room = room[count:]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -90,6 +117,7 @@ def _connect(
             peers[int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "little")] = peer
     for peer in peers.values():
         peer.settimeout(timeout_s)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     _forget(folder, world_size, store)
     return peers
 

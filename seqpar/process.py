@@ -6,6 +6,7 @@ gloo moves CUDA tensors through host copies, so that several ranks can share one
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.mesh import LIMIT_BYTES, LocalMesh, same_machine
-from seqpar.transport import Done, Handle, Transport, TransportError
+from seqpar.transport import Done, Handle, Transport, TransportError, once_at_a_time
 
 T = TypeVar("T")
 
@@ -65,6 +66,10 @@ class ProcessTransport(Transport):
             self._mesh.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def abandon(self) -> None:
+        if self._mesh is not None:
+            self._mesh.close()
 
     def _publish(self, phase: str) -> None:
         self._store.set(f"phase/{dist.get_rank()}", phase)
@@ -259,8 +264,24 @@ class ProcessWorld:
 
     def __init__(self, transport: Transport):
         self.transports = [transport]
+        self._running, self._failed = threading.Lock(), False
 
     def run(self, rank_fn: Callable[[Transport], T]) -> list[T]:
-        """Run `rank_fn` on this rank; every process of the group does the same."""
-        with torch.inference_mode():
-            return [rank_fn(self.transports[0])]
+        """Run `rank_fn` on this rank; every process of the group does the same.
+
+        After an exception the ranks are out of step, so the connections are closed, which ends
+        the others too, and no further run is possible.
+        """
+        (transport,) = self.transports
+        with once_at_a_time(self._running):
+            if self._failed:
+                raise TransportError(
+                    transport.rank, transport.phase, "an earlier run failed; start the ranks again"
+                )
+            try:
+                with torch.inference_mode():
+                    return [rank_fn(transport)]
+            except BaseException:
+                self._failed = True
+                transport.abandon()
+                raise

@@ -6,6 +6,7 @@ holds, under a band.  A *step* is what one rank does between two transfers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from localflash import Band
@@ -63,21 +64,35 @@ def ring_steps(
     """
     world = len(q_runs)
 
-    def sent(holder: int, step: int) -> int:
-        """Tokens that `holder` passes on at `step`."""
-        source = (holder - step) % world
-        ahead = ((holder + hop) % world for hop in range(1, world - step))
-        wanted = any(visible(q_runs[reader], k_runs[source], window) for reader in ahead)
-        return token_count(k_runs[source]) if wanted else 0
+    def seen(source: int, reader: int) -> bool:
+        return visible(q_runs[reader], k_runs[source], window)
 
+    send, receive = (travels(holder % world, k_runs, seen) for holder in (rank, rank - 1))
     return tuple(
         Step(
             source=(rank - step) % world,
-            send=sent(rank, step),
-            receive=sent((rank - 1) % world, step),
+            send=send[step],
+            receive=receive[step],
             tiles=tiles(q_runs[rank], k_runs[(rank - step) % world], window),
         )
         for step in range(world)
+    )
+
+
+def travels(
+    holder: int, moving: Sequence[Runs], wanted: Callable[[int, int], bool]
+) -> tuple[int, ...]:
+    """Tokens that `holder` passes on at each step, when `moving[r]` goes round from each rank r.
+
+    A share goes on while `wanted(its rank, reader)` for some reader that it has not met yet.
+    """
+    world = len(moving)
+    return tuple(
+        token_count(moving[source])
+        if any(wanted(source, (holder + hop) % world) for hop in range(1, world - step))
+        else 0
+        for step in range(world)
+        for source in [(holder - step) % world]
     )
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from localflash import DenseKV, empty_partial, merge_many
-from seqpar.local import Attend, Partial, attend_tiles
+from localflash import DenseKV, Partial, empty_partial, merge_many
+from seqpar.local import Attend, accumulate_tiles
 from seqpar.schedule import Tile
 from seqpar.transport import Transport
 
@@ -21,12 +21,11 @@ def attend_sharded(
 ) -> Partial:
     """Replicated queries against this rank's keys, then merged over all ranks."""
     if len(tiles) == 1 and tiles[0] == Tile(slice(0, q_BTHD.shape[1]), slice(0, kv.tokens), None):
-        partial = attend(
-            q_BTHD, kv.k_BTHD, kv.v_BTHD, None
-        )  # decoding: one call, nothing to merge into
+        # decoding: one call, and nothing to merge it into
+        partial = attend(q_BTHD, kv.k_BTHD, kv.v_BTHD, None)
     else:
         partial = empty_partial(q_BTHD)
-        attend_tiles(q_BTHD, kv, tiles, partial, attend)
+        accumulate_tiles(q_BTHD, kv, tiles, partial, attend)
     return merge_across_ranks(*partial, transport)
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from seqpar.transport import Handle, Transport, TransportError, _nbytes
+from seqpar.transport import Handle, Transport, TransportError, _nbytes, once_at_a_time
 
 T = TypeVar("T")
 
@@ -53,6 +53,9 @@ class ThreadWorld:
         self.link = link or Link()
         self.failure: BaseException | None = None
         self.phases: dict[int, str] = {}
+        self.restarts = 0
+        self._running = threading.Lock()
+        self._workers: list[threading.Thread] = []
         self._mail: dict[tuple, _Message] = {}
         self._changed = threading.Condition()
         self._link_free_at = [0.0] * world_size
@@ -66,47 +69,55 @@ class ThreadWorld:
         The first exception of any rank ends the others at their next exchange and is raised
         here, with a note that names the rank and its phase.
         """
-        results: list = [None] * self.world_size
-        self._start_afresh()
+        with once_at_a_time(self._running):
+            self._start_afresh()
+            results: list = [None] * self.world_size
+            self._workers = [
+                threading.Thread(
+                    target=self._rank_main, args=(rank, rank_fn, results), name=f"rank {rank}"
+                )
+                for rank in range(self.world_size)
+            ]
+            for worker in self._workers:
+                worker.daemon = True
+                worker.start()
+            self._join()
+            if self.failure is not None:
+                raise self.failure
+            return results
 
-        def body(rank: int) -> None:
-            transport = self.transports[rank]
-            try:
-                torch.set_num_threads(self.threads_per_rank)
-                with torch.inference_mode():
-                    results[rank] = rank_fn(transport)
-            except BaseException as error:
-                if not isinstance(error, _Ended):
-                    error.add_note(f"rank {rank}, during {transport.phase}")
-                    self.abort(error)
-
-        workers = [
-            threading.Thread(target=body, args=(rank,), name=f"rank {rank}", daemon=True)
-            for rank in range(self.world_size)
-        ]
-        for worker in workers:
-            worker.start()
+    def _rank_main(self, rank: int, rank_fn: Callable[[Transport], T], results: list) -> None:
+        transport = self.transports[rank]
         try:
-            for worker in workers:
+            torch.set_num_threads(self.threads_per_rank)
+            with torch.inference_mode():
+                results[rank] = rank_fn(transport)
+        except BaseException as error:
+            if not isinstance(error, _Ended):
+                error.add_note(f"rank {rank}, during {transport.phase}")
+                self.abort(error)
+
+    def _join(self) -> None:
+        try:
+            for worker in self._workers:
                 while worker.is_alive():
                     worker.join(0.2)  # a bare join would hold back Ctrl-C
         except BaseException as error:
             self.abort(error)
             give_up_at = time.monotonic() + 5.0
-            for worker in workers:
+            for worker in self._workers:
                 worker.join(max(0.0, give_up_at - time.monotonic()))
             raise
-        if self.failure is not None:
-            raise self.failure
-        return results
 
     def _start_afresh(self) -> None:
-        """Forget what a failed run left under way."""
+        """Forget what a failed run left under way; no rank of it may still be at work."""
+        busy = [worker.name for worker in self._workers if worker.is_alive()]
+        if busy:
+            raise RuntimeError(f"{busy[0]} of an interrupted run is still computing: try again")
         if self.failure is not None:
             self.failure = None
+            self.restarts += 1
             self._mail.clear()
-            for transport in self.transports:
-                transport.reset()
 
     def abort(self, error: BaseException) -> None:
         """End every rank at its next exchange; the first error is the one that counts."""
@@ -160,16 +171,18 @@ class _Receipt:
     def wait(self) -> None:
         for key, into in self._awaited:
             tensors = self._world.receive(key, self._rank)
-            if [t.shape for t in tensors] != [t.shape for t in into]:
-                raise TransportError(
-                    self._rank,
-                    self._world.phases.get(self._rank, "start"),
-                    f"rank {key[1]} sent shapes {[tuple(t.shape) for t in tensors]}"
-                    f" where {[tuple(t.shape) for t in into]} were expected",
-                )
+            sent, expected = (_kinds(group) for group in (tensors, into))
+            if sent != expected:
+                phase = self._world.phases.get(self._rank, "start")
+                what = f"rank {key[1]} sent {sent} where {expected} were expected"
+                raise TransportError(self._rank, phase, what)
             for source, target in zip(tensors, into, strict=True):
                 target.copy_(source)
         self._awaited = []
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[str]:
+    return [f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in tensors]
 
 
 class ThreadTransport(Transport):
@@ -180,10 +193,11 @@ class ThreadTransport(Transport):
     def __init__(self, world: ThreadWorld, rank: int, members: tuple[int, ...]):
         super().__init__(members.index(rank), len(members), world.device, world.timeout_s)
         self._world, self._members = world, members
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
-        """Number messages from 0 again."""
+    def _reset(self) -> None:
+        """Number messages from 0, as every rank does after a failed run."""
+        self._restarts = self._world.restarts
         self._sent = [0] * self.world_size
         self._received = [0] * self.world_size
 
@@ -228,6 +242,8 @@ class ThreadTransport(Transport):
     def _exchange(
         self, sends: list[tuple[int, list[Tensor]]], receives: list[tuple[int, list[Tensor]]]
     ) -> Handle:
+        if self._restarts != self._world.restarts:
+            self._reset()
         me = self._members[self.rank]
         for rank, tensors in sends:
             key = (self._members, me, self._members[rank], self._sent[rank])

@@ -6,9 +6,12 @@ tensors.  A transport is passed as an argument everywhere and never looked up.
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -79,7 +82,7 @@ class Transport(ABC):
         Either side may be empty where the plan says that nothing travels; tensors without
         elements are left out on both sides.
         """
-        send, into = _solid(send), _solid(into)
+        send, into = _solid(send), _contiguous(_solid(into))
         self._count("shift", _nbytes(send), received=_nbytes(into), distance=distance)
         to = (self.rank + distance) % self.world_size
         source = (self.rank - distance) % self.world_size
@@ -87,20 +90,41 @@ class Transport(ABC):
 
     def all_gather(self, tensor: Tensor, into: Tensor) -> Handle:
         """Gather equal `tensor`s into `into (world_size, *tensor.shape)`, in rank order."""
+        _contiguous([into])
         self._count("all_gather", _nbytes([tensor]) * (self.world_size - 1))
         return self._watched("all_gather", self._all_gather(tensor.contiguous(), into))
 
     def all_to_all(self, send: Sequence[Tensor], into: Sequence[Tensor]) -> Handle:
         """Send `send[r]` to rank r and receive `into[r]` from it; sizes may differ by rank."""
+        _contiguous(into)
         others = [tensor for rank, tensor in enumerate(send) if rank != self.rank]
         self._count("all_to_all", _nbytes(others))
         return self._watched("all_to_all", self._all_to_all(send, into))
 
     def broadcast(self, tensor: Tensor, root: int) -> Handle:
         """Overwrite `tensor` on every rank with that of `root`."""
+        _contiguous([tensor])
         copies = self.world_size - 1 if self.rank == root else 0
         self._count("broadcast", _nbytes([tensor]) * copies)
         return self._watched("broadcast", self._broadcast(tensor, root))
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is sent meanwhile is no part of the work: the counters are left as they were."""
+        sent, calls = self.counters.bytes_sent, dict(self.counters.calls)
+        yield
+        self.counters.bytes_sent, self.counters.calls = sent, calls
+
+    def check_agreement(self, what: str, *values: object) -> None:
+        """Raise TransportError unless every rank passes the same `values`."""
+        digest = hashlib.sha256(repr(values).encode()).digest()[:8]
+        mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=self.device)
+        everyone = mine.new_empty(self.world_size, 1)
+        with self.uncounted():
+            self.all_gather(mine, everyone).wait()
+        odd = [rank for rank in range(self.world_size) if everyone[rank] != mine]
+        if odd:
+            raise TransportError(self.rank, self.phase, f"rank {odd[0]} was given another {what}")
 
     @abstractmethod
     def barrier(self) -> None:
@@ -128,6 +152,10 @@ class Transport(ABC):
 
     def close(self) -> None:
         """Release what the transport holds; the last call."""
+        return None
+
+    def abandon(self) -> None:
+        """Let the other ranks notice that this one has failed."""
         return None
 
     # -- for implementations ---------------------------------------------------------
@@ -161,6 +189,17 @@ class _MarkedHandle:
         self._transport.mark(f"done {self._name}")
 
 
+@contextmanager
+def once_at_a_time(lock: threading.Lock) -> Iterator[None]:
+    """Refuse a run inside or beside another one: their messages would be mixed up."""
+    if not lock.acquire(blocking=False):
+        raise RuntimeError("these ranks are running already: wait for that call to end")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Done:
     """The handle of something that needed no waiting."""
 
@@ -170,6 +209,17 @@ class Done:
 
 def _solid(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.numel()]
+
+
+def _contiguous(targets: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors to be received into: filled in place, so no copy may stand between."""
+    for tensor in targets:
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"cannot receive into shape {tuple(tensor.shape)} with strides {tensor.stride()}:"
+                " it must be contiguous"
+            )
+    return list(targets)
 
 
 def _nbytes(tensors: Sequence[Tensor]) -> int:

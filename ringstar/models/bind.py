@@ -54,14 +54,6 @@ class BoundModel:
     def layers(self) -> int:
         return self.config.num_hidden_layers
 
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def max_positions(self) -> int:
-        return self.config.max_position_embeddings
-
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext, *, logits: bool
     ) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +21,9 @@ from ringstar.models.bind import BoundModel, bind
 from ringstar.models.families import check_family
 from ringstar.models.smollm2 import smollm2_folder
 from ringstar.prompt import PromptFormat, prompt_format
+
+# transformers patches its classes while it loads, and two loads at once leave them patched
+_LOADING = threading.Lock()
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -70,13 +74,23 @@ class ModelFiles:
         return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
 
     def end_tokens(self) -> frozenset[int]:
-        """Every token id that ends an answer."""
-        ids: list[Any] = [self.config.eos_token_id, getattr(self.tokenizer, "eos_token_id", None)]
-        generation = self.folder / "generation_config.json"
-        if generation.is_file():
-            ids.append(json.loads(generation.read_text()).get("eos_token_id"))
-        flat = [i for item in ids for i in (item if isinstance(item, list) else [item])]
-        return frozenset(i for i in flat if i is not None)
+        """Every token id that ends an answer, as Hugging Face's own generation takes them."""
+        own = None if self.gguf else self._generation_config().get("eos_token_id")
+        ends = self.config.eos_token_id if own is None else own
+        if ends is None:
+            ends = getattr(self.tokenizer, "eos_token_id", None)
+        listed = ends if isinstance(ends, list) else [ends]
+        return frozenset(token for token in listed if token is not None)
+
+    def _generation_config(self) -> dict[str, Any]:
+        path = self.folder / "generation_config.json"
+        try:
+            content = json.loads(path.read_text()) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise UserError("model.path", path, f"unusable: {_line(error)}") from error
+        if not isinstance(content, dict):
+            raise UserError("model.path", path, "unusable: not a JSON object")
+        return content
 
     def load(self, settings: ModelConfig, dtype: torch.dtype, device: torch.device) -> BoundModel:
         """Read the weights; a missing, damaged or ill-shaped one is an error, never random."""
@@ -84,12 +98,11 @@ class ModelFiles:
         if self.gguf:
             arguments["quantization_config"] = GgufConfig(dequantize=True)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder,
+            model, report = load_weights(
+                self,
                 config=None if self.gguf else self.config,
                 dtype=dtype,
                 attn_implementation=NAME,
-                local_files_only=True,
                 output_loading_info=True,
                 **arguments,
             )
@@ -99,14 +112,15 @@ class ModelFiles:
             raise UserError(
                 "model.path", self.folder, f"weights cannot be loaded: {_line(error)}"
             ) from error
-        model, report = loaded
         missing = sorted(report.get("missing_keys", ()))
-        if missing:
-            raise UserError(
-                "model.path",
-                self.folder,
-                f"weights lack {len(missing)} tensors, {missing[0]} first",
-            )
+        spare = sorted(k for k in report.get("unexpected_keys", ()) if not _is_derived(k))
+        for what, keys in (("lack", missing), ("do not fit the config: they also hold", spare)):
+            if keys:
+                raise UserError(
+                    "model.path",
+                    self.folder,
+                    f"weights {what} {len(keys)} tensors, {keys[0]} first",
+                )
         return bind(model.to(device), ff_slice_tokens=settings.ff_slice_tokens)
 
     @property
@@ -119,6 +133,19 @@ class ModelFiles:
                 "model.path", self.folder, "has no tokenizer; give token ids: document.ids_path"
             )
         return self.tokenizer
+
+
+def load_weights(files: ModelFiles, **arguments: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` for local files, one at a time in this process."""
+    with _LOADING:
+        return AutoModelForCausalLM.from_pretrained(
+            files.folder, local_files_only=True, **arguments
+        )
+
+
+def _is_derived(key: str) -> bool:
+    """Tensors that old checkpoints hold although they follow from the config."""
+    return key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight"
 
 
 def find_model(settings: ModelConfig) -> ModelFiles:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from ringstar.models.load import ModelFiles
+from ringstar.models.load import ModelFiles, load_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,8 @@ class OneDevice:
         device: torch.device,
         attention: str = "sdpa",
     ):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, attn_implementation=attention, local_files_only=True
-        )
-        self._model = model.to(device)
+        model = load_weights(files, dtype=dtype, attn_implementation=attention)
+        self._model: Any = model.to(device)
         self._ends = files.end_tokens()
         self._cache = DynamicCache()
         self._context_tokens = 0

@@ -131,7 +131,7 @@ def last_block_skipped(patch):
 
 
 def kv_one_step_stale(patch):
-    right, before = ringattn.prefill.attend_tiles, {}
+    right, before = ringattn.prefill.accumulate_tiles, {}
 
     def stale(q, kv, tiles, into, attend):
         last = before.get(id(q))
@@ -139,7 +139,7 @@ def kv_one_step_stale(patch):
         fits = last is not None and last.tokens >= kv.tokens
         right(q, last if fits else kv, tiles, into, attend)
 
-    patch(ringattn.prefill, "attend_tiles", stale)
+    patch(ringattn.prefill, "accumulate_tiles", stale)
 
 
 def query_causal_on_a_remote_shard(patch):

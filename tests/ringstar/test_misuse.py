@@ -1,0 +1,221 @@
+"""python -m pytest tests/ringstar/test_misuse.py
+
+What would be silently wrong is refused by name, also after a fault.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ringstar import LongContext, UserError
+from ringstar.config import Config, GenerationConfig, ModelConfig
+from ringstar.models import find_model
+from ringstar.prompt import prompt_format
+from ringstar.sampling import NO_TOKEN, Sampler
+from seqpar import TransportError
+from seqpar.process import ProcessWorld
+from tests.support.models import expected, random_ids, tiny_folder
+from tests.support.ranks import in_processes
+
+
+def runtime(world=2, **options):
+    return LongContext.from_pretrained(
+        tiny_folder("llama"),
+        transport="threads",
+        world_size=world,
+        threads_per_rank=1,
+        **options,
+    )
+
+
+def test_a_document_of_another_runtime_is_refused():
+    document = runtime().encode(random_ids(9))
+    with pytest.raises(UserError, match="encoded by another LongContext"):
+        runtime().ask(document, random_ids(2))
+
+
+def test_a_question_inside_an_answer_is_refused():
+    ring = runtime()
+    document = ring.encode(random_ids(9))
+
+    def again(share):
+        ring.ask(document, random_ids(2))
+
+    with pytest.raises(RuntimeError, match="running already"):
+        ring.encode(random_ids(9), on_progress=again)
+    assert len(ring.ask(document, random_ids(2), max_new_tokens=3).ids) == 3
+
+
+def test_text_and_ids_are_checked():
+    ring = runtime(1)
+    with pytest.raises(UserError, match="document: is empty"):
+        ring.encode("  \n")
+    with pytest.raises(UserError, match="document: token ids must be integers"):
+        ring.encode([1.5])
+    with pytest.raises(UserError, match="has no tokenizer"):
+        ring.encode("text")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "an integer above 0"),
+        ({"stop": "END"}, "a list of texts"),
+        ({"stop": [""]}, "cannot be empty"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    ring = runtime(1)
+    document = ring.encode(random_ids(5))
+    with pytest.raises(UserError, match=message):
+        ring.ask(document, random_ids(2), **changes)
+
+
+def test_dense_refuses_ranks_that_are_given():
+    with pytest.raises(UserError, match="runs on one rank, not 3"):
+        LongContext.from_pretrained(
+            tiny_folder("llama"), strategy="dense", transport=runtime(3)._ranks
+        )
+
+
+def ask_twice_with_a_fault(transport, folder):
+    ring = LongContext.from_config(Config(model=ModelConfig(path=folder)), ProcessWorld(transport))
+    document = ring.encode(random_ids(12))
+    shown = []
+
+    def on_text_fails(engine=ring._engines[transport.rank]):
+        agree = engine._agree
+
+        def failing(logits, sampler):
+            if transport.rank == 0 and shown:
+                raise KeyError("once")
+            shown.append(1)
+            return agree(logits, sampler)
+
+        engine._agree = failing
+
+    on_text_fails()
+    errors = []
+    for _ in range(2):
+        try:
+            ring.ask(document, random_ids(3), max_new_tokens=4)
+        except (KeyError, TransportError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    raise AssertionError("; ".join(errors))  # reported as it is, without another exchange
+
+
+def test_after_a_fault_real_ranks_refuse_to_go_on():
+    with pytest.raises(RuntimeError) as failed:
+        in_processes(2, ask_twice_with_a_fault, tiny_folder("llama"))
+    said = str(failed.value)
+    assert "an earlier run failed; start the ranks again" in said
+    assert "once" in said or "lost contact" in said
+
+
+def different_documents(transport, folder):
+    ring = LongContext.from_config(Config(model=ModelConfig(path=folder)), ProcessWorld(transport))
+    ring.encode([10 + transport.rank] * 8)
+
+
+def test_ranks_that_were_given_different_documents_are_told():
+    with pytest.raises(RuntimeError, match="was given another document"):
+        in_processes(2, different_documents, tiny_folder("llama"))
+
+
+def test_logits_that_are_not_finite_are_a_fault_on_every_rank(monkeypatch):
+    assert Sampler(GenerationConfig())(torch.tensor([0.0, float("nan")])) == NO_TOKEN
+    ring = runtime()
+    document = ring.encode(random_ids(5))
+    with torch.no_grad():
+        ring._engines[0]._model.model.lm_head.weight[3] = float("inf")
+    with pytest.raises(RuntimeError, match="logits that are not finite"):
+        ring.ask(document, random_ids(2))
+
+
+def test_the_smallest_temperature_is_greedy():
+    sampler = Sampler(GenerationConfig(temperature=5e-324))
+    assert sampler(torch.tensor([1.0, 3.0, 2.0])) == 1
+
+
+class Template:
+    chat_template = "yes"
+
+    def __init__(self, render):
+        self._render = render
+
+    def apply_chat_template(self, messages, **_):
+        return self._render(messages[0]["content"])
+
+
+@pytest.mark.parametrize(
+    "render",
+    [str.upper, lambda text: text + text, lambda text: "", json.dumps, lambda t: f"{t[:10]} {t}"],
+)
+def test_a_template_that_changes_the_message_is_refused(render):
+    with pytest.raises(UserError, match="chat template changes the message"):
+        prompt_format(Template(lambda text: f"<user>{render(text)}</user>"))
+
+
+def test_a_template_that_fails_is_refused():
+    def fail(text):
+        raise RuntimeError("no system message")
+
+    with pytest.raises(UserError, match="its chat template fails: no system message"):
+        prompt_format(Template(fail))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.norm.weight"), "weights lack 1 tensors, model.norm.weight"),
+        (
+            lambda w: w.update({"model.layers.7.mlp.up_proj.weight": torch.zeros(96, 64)}),
+            "do not fit the config: they also hold 1 tensors, model.layers.7",
+        ),
+        (lambda w: w.pop("lm_head.weight"), "weights lack 1 tensors, lm_head.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, change, message):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    files = find_model(ModelConfig(path=str(folder)))
+    with pytest.raises(UserError, match=message):
+        files.load(ModelConfig(), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_rotary_embeddings(tmp_path, rope):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    ids, question = random_ids(90), random_ids(5)
+    want = expected(str(folder), ids + question, 8)
+    ring = LongContext.from_pretrained(
+        str(folder), transport="threads", world_size=3, threads_per_rank=1
+    )
+    answer = ring.ask(ring.encode(ids), question, max_new_tokens=8)
+    assert answer.ids == want.ids
+    error = (answer.first_logits - want.logits_V).norm() / want.logits_V.norm()
+    assert error <= 1e-5
