@@ -87,6 +87,8 @@ def run_rank(config: Config, phases: Any) -> None:
     files, request = check_request(config)
     ranks, why = make_ranks(config.transport, phases)
     runtime = LongContext(config, files, ranks, why)
+    if runtime.rank == 0 and config.document.ids_path is None:
+        logging.getLogger("ringstar").info(f"prompt split by {files.prompt.source}")
     with encode_bar(len(request.context_ids), shown=runtime.rank == 0) as on_progress:
         document = runtime.encode(request.context_ids, on_progress)
     answer = runtime.ask(document, request.query_ids, on_text=_print_piece)

@@ -26,6 +26,7 @@ _MEANING = {
     "document.ids_path": 'JSON {"context_ids": [...], "query_ids": [...]}; needs no tokenizer',
     "question": "taken literally: quotes, brackets and = are text",
     "question_path": "a text file with the question",
+    "encode.answer_tokens": "room kept for question and answer, over all ranks",
     "encode.chunk_tokens": "tokens per rank encoded at once; bounds memory",
     "generation.max_new_tokens": "the longest answer",
     "generation.temperature": "0 is greedy",

@@ -92,6 +92,8 @@ class EncodeConfig:
     """`chunk_tokens` per rank bound the memory of an encode."""
 
     chunk_tokens: int = 8192
+    # kept free beside the document, over all ranks, so that answering moves nothing
+    answer_tokens: int = 1024
 
 
 @dataclass
@@ -173,6 +175,7 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield _one_of("model.dtype", model.dtype, DTYPES)
     yield _count("model.ff_slice_tokens", model.ff_slice_tokens)
     yield _count("encode.chunk_tokens", config.encode.chunk_tokens)
+    yield _count("encode.answer_tokens", config.encode.answer_tokens)
     yield _count("launch.nproc", config.launch.nproc)
     yield from _generation_rules(config.generation)
 

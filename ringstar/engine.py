@@ -50,9 +50,11 @@ class RankEngine:
         transport: Transport,
         strategy: Strategy,
         kernel: str,
+        answer_tokens: int,
     ):
         self._model, self._transport = model, transport
         self._strategy, self._kernel = strategy, kernel
+        self._room = _share(answer_tokens, transport.world_size)
 
     def encode(self, ids: Sequence[int], on_progress: OnProgress) -> DocumentShard:
         """Encode a document of at least one token; its KV stays with the ranks that made it."""
@@ -62,7 +64,7 @@ class RankEngine:
         owned: tuple[Runs, ...] = ((),) * world
         plan = list(self._strategy.extensions(0, len(ids), owned))
         cache = ShardedCache()
-        cache.reserve(sum(token_count(extension.own) for extension in plan))
+        cache.reserve(sum(token_count(extension.own) for extension in plan) + self._room)
         progress = _Progress(self._model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
@@ -97,7 +99,7 @@ class RankEngine:
     def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
         """The most tokens of a question and its answer that one rank may have to keep."""
         world = self._transport.world_size
-        return -(-query_tokens // world) + -(-settings.max_new_tokens // world)
+        return _share(query_tokens, world) + _share(settings.max_new_tokens, world)
 
     def _extend(
         self, ids: Sequence[int], extension: Extension, cache: ShardedCache, progress: _Progress
@@ -151,6 +153,11 @@ class RankEngine:
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)
+
+
+def _share(tokens: int, world: int) -> int:
+    """The most that one rank gets of `tokens` that are dealt evenly."""
+    return -(-tokens // world)
 
 
 class _Progress:

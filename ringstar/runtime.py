@@ -85,6 +85,7 @@ class LongContext:
                 transport,
                 make_strategy(config.strategy, config.encode, transport),
                 self.kernel,
+                config.encode.answer_tokens,
             )
             for transport in ranks.transports
         }

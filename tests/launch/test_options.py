@@ -18,6 +18,7 @@ OPTIONS = [
     "document.ids_path",
     "document.path",
     "document.text",
+    "encode.answer_tokens",
     "encode.chunk_tokens",
     "generation.max_new_tokens",
     "generation.seed",

@@ -93,12 +93,17 @@ def test_a_document_can_be_asked_again_and_questions_leave_nothing_behind():
     ring.ask(document, random_ids(30, seed=3), max_new_tokens=5)
     again = ring.ask(document, random_ids(9), max_new_tokens=20)
     assert again.ids == first.ids
-    assert held == [shard.cache.nbytes - _turn_bytes(shard) for shard in document.shards]
+    assert held == document.kv_bytes
 
 
-def _turn_bytes(shard) -> int:
-    per_token = shard.cache.nbytes // max(1, shard.cache.tokens)
-    return per_token * (shard.cache.tokens - sum(len(run) for run in shard.runs))
+def test_answering_within_the_room_moves_nothing():
+    ring = runtime(tiny_folder("llama"), 3, "zigzag", 8192)
+    document = ring.encode(random_ids(40))
+    places = [shard.cache.view(0, 0, 1).k_BTHD.data_ptr() for shard in document.shards]
+    ring.ask(document, random_ids(30), max_new_tokens=20)
+    assert places == [shard.cache.view(0, 0, 1).k_BTHD.data_ptr() for shard in document.shards]
+    ring.ask(document, random_ids(900), max_new_tokens=200)  # more than the room
+    assert places != [shard.cache.view(0, 0, 1).k_BTHD.data_ptr() for shard in document.shards]
 
 
 def test_dense_is_one_rank_of_the_same():
