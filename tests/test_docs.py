@@ -1,6 +1,6 @@
 """python -m pytest tests/test_docs.py
 
-What README and docs say is there: options, modules, files, result fields, examples.
+What README and docs say is there: options, modules, files, result fields, formulas, examples.
 """
 
 import ast
@@ -9,16 +9,35 @@ import inspect
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch import generate
-from launch.options import GROUPS, compose_config, option_keys
+from launch import faults, generate
+from launch.options import GROUPS, compose_config, option_keys, parse
+from ringattn import Costs, ExtendPlan
+from ringstar import LongContext
+from ringstar.models import FAMILIES
+from ringstar.models.families import STATIC_ROPE
+from seqpar import Layout
+from tests.ringstar.test_seeded_faults import FAULTS
+from tests.support.chat import LINES, chat_folder
+from tests.support.models import random_ids, tiny_folder
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    (page.name, line)
+    for page in PAGES
+    for line in re.findall(r"^(?:python|torchrun) .*-m launch.*$", page.read_text(), re.MULTILINE)
+]
+BLOCKS = {
+    page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    for page in (README, ROOT / "docs/python.md")
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -27,38 +46,123 @@ def test_links_lead_somewhere(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_what_exists(page):
+def test_there_are_commands_and_examples():
+    assert len([name for name, _ in COMMANDS if name == "README.md"]) >= 3
+    assert all(BLOCKS.values())
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_commands_name_what_exists(page, line):
+    words = shlex.split(line)
+    module, *options = words[words.index("-m") + 1 :]
+    assert importlib.util.find_spec(module)
     known = {*option_keys(compose_config([])), *GROUPS}
-    for line in re.findall(r"^.*-m launch\.\w+ .*$", page.read_text(), re.MULTILINE):
-        _, module, *options = shlex.split(line.partition("-m ")[0] + line[line.index("-m ") :])[
-            shlex.split(line).index("-m") :
-        ]
-        assert importlib.util.find_spec(module)
-        for option in options:
-            assert option.partition("=")[0] in known, option
+    for option in options:
+        assert option.partition("=")[0] in known, option
+    parse(options)  # values too
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_the_text_exist(page):
+    known = {*option_keys(compose_config([])), *GROUPS}
+    sections = "|".join({key.partition(".")[0] for key in known if "." in key})
+    for key in re.findall(rf"`((?:{sections})\.\w+)(?:=[^`]*)?`", page.read_text()):
+        assert key in known or (ROOT / key.replace(".", "/", 1)).with_suffix(".py").exists(), key
 
 
 def test_every_result_field_is_described():
     source = ast.parse(inspect.getsource(generate.result_of))
     returned = next(node for node in ast.walk(source) if isinstance(node, ast.Return)).value
     fields = {key.value for key in returned.keys}
-    table = (ROOT / "docs/results.md").read_text().partition("## Exit")[0]
+    table = (ROOT / "docs/results.md").read_text().partition("## The resolved")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == fields
 
 
+def test_exit_statuses_are_described():
+    table = (ROOT / "docs/results.md").read_text().partition("## Exit")[2]
+    described = {int(status) for status in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
+    assert described == {faults.DONE, faults.FAULT, faults.USER, faults.INTERRUPTED}
+
+
+def test_the_tree_names_every_file():
+    tree = README.read_text().partition("```\nlaunch/")[2].partition("```")[0]
+    listed: dict[str, set[str]] = {}
+    for line in f"launch/{tree}".splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+            assert (ROOT / folder).is_dir(), folder
+        else:
+            listed.setdefault(folder, set()).add(name)
+    for folder, names in listed.items():
+        there = {path.name for path in (ROOT / folder).glob("*.py")}
+        assert names == {name for name in there if not name.startswith("__")}, folder
+
+
+def test_the_models_and_the_faults_are_counted_right():
+    text = README.read_text()
+    models = text.partition("## Models")[2].partition("##")[0]
+    for name in (*FAMILIES, *STATIC_ROPE):
+        assert f"`{name}`" in models
+    assert len(FAULTS) == 17
+    assert "Seventeen faults" in text
+
+
+def test_bytes_are_those_of_the_table():
+    """A document of 30 tokens a rank, a question of 5, an answer of 1 or 6."""
+    world, layers, heads, kv_heads, dim, size, share = 4, 2, 4, 2, 16, 4, 30
+    for layout in ("zigzag", "striped", "contiguous"):
+        ring = LongContext.from_pretrained(
+            tiny_folder("llama"),
+            transport="threads",
+            world_size=world,
+            layout=layout,
+            threads_per_rank=1,
+        )
+        document = ring.encode(random_ids(share * world))
+        kv = 2 * share * kv_heads * dim * size
+        assert document.kv_bytes == [layers * kv] * world
+        counters = [transport.counters for transport in ring._ranks.transports]
+        sent = [counter.bytes_sent for counter in counters]
+        hops = [1, 2, 3, 0] if layout == "contiguous" else [world - 1] * world
+        assert sent == [layers * hop * kv for hop in hops]
+        runs = tuple(Layout(layout, 0, share * world, world).runs(r) for r in range(world))
+        plan = ExtendPlan(1, runs, ((),) * world)  # contiguous: rank 0 receives nothing
+        added = plan.pass_bytes(Costs(heads, kv_heads, dim, size))
+        assert added == 2 * kv + share * heads * (dim + 1) * 4
+        for new_tokens in (1, 6):
+            before = [counter.bytes_sent for counter in counters]
+            ring.ask(document, random_ids(5), max_new_tokens=new_tokens)
+            each = (world - 1) * heads * (dim + 1) * 4 * layers
+            want = [each * (5 + new_tokens - 1)] * world
+            want[0] += new_tokens * (world - 1) * 8
+            assert [c.bytes_sent - b for c, b in zip(counters, before, strict=True)] == want
+
+
 def test_the_picture_can_be_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["draw_layouts.py", str(tmp_path / "layouts.png")])
-    runpy.run_path(str(ROOT / "docs/draw_layouts.py"), run_name="__main__")
+    drawn = runpy.run_path(str(ROOT / "docs/draw_layouts.py"), run_name="__main__")
     assert (tmp_path / "layouts.png").read_bytes().startswith(b"\x89PNG")
+    tokens = drawn["TOKENS"]
+    for kind in drawn["KINDS"]:  # every causal pair once
+        assert sum(map(sum, drawn["work"](kind))) == tokens * (tokens + 1) // 2
+    assert (ROOT / "docs/layouts.png").stat().st_size < 150_000
 
 
-def test_the_attention_example_runs():
-    page = (ROOT / "docs/python.md").read_text()
-    example = next(
-        code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "k, v" in code
-    )
+@pytest.mark.parametrize("page", BLOCKS)
+def test_examples_run(page, tmp_path, monkeypatch):
+    """In order, as one program: later blocks use the names of earlier ones."""
+    (tmp_path / "book.txt").write_text("\n".join(LINES * 3))
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(example, "docs/python.md", "exec"), names)
-    assert sum(share.shape[1] for share in names["shares"]) == names["length"]
+    for block in BLOCKS[page]:
+        code = block.replace('"DIR"', repr(chat_folder()))
+        if "__main__" not in code:
+            exec(compile(code, page, "exec"), names)
+            continue
+        Path("example.py").write_text(code)  # its processes have to find its functions
+        command = [sys.executable, "example.py"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert done.stdout.strip() == code.strip().rpartition("# ")[2]
