@@ -49,7 +49,7 @@ def ours(transport: Transport) -> dict[str, list[float]]:
 
 
 def peer(transport: Transport) -> dict[str, list[float]]:
-    """`ring-attention-pytorch` on the same tensors, striped by its own convention."""
+    """`ring-attention-pytorch` on the same tensors: its path for CPUs, contiguous shares."""
     from ring_attention_pytorch import ring_flash_attn
 
     share = TOKENS // transport.world_size

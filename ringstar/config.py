@@ -200,7 +200,3 @@ def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Rule:
 def _count(key: str, value: object) -> Rule:
     good = value is None or (type(value) is int and value > 0)
     return key, value, good, "allowed: an integer above 0"
-
-
-def _positive(key: str, value: float | None) -> Rule:
-    return key, value, value is None or 0 < value < float("inf"), "allowed: above 0"

@@ -74,7 +74,7 @@ class LongContext:
             f"device {first.device.type}",
             f"strategy {config.strategy.name}{_layout(config)}",
             f"dtype {str(dtype).removeprefix('torch.')} ({why_dtype})",
-            f"kernel {choice.backend.name} ({choice.reason})",
+            choice.reason,
         )
         for transport in ranks.transports:
             transport.publish("load")

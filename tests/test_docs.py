@@ -6,6 +6,7 @@ What README and docs say is there: options, modules, files, result fields, formu
 import ast
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -138,6 +139,18 @@ def test_bytes_are_those_of_the_table():
             want = [each * (5 + new_tokens - 1)] * world
             want[0] += new_tokens * (world - 1) * 8
             assert [c.bytes_sent - b for c, b in zip(counters, before, strict=True)] == want
+
+
+def test_the_results_are_those_of_the_file_that_is_linked():
+    section = README.read_text().partition("## Results")[2].partition("##")[0]
+    file = ROOT / re.findall(r"\((benchmarks/results/[^)]+)\.md\)", section)[0]
+    found = json.loads(file.with_suffix(".json").read_text())
+    for part in ("encode", "decode"):
+        ratios = [f"{found[part][f'{world} ranks / one process']:.2f}" for world in (2, 4)]
+        assert f"| {' | '.join(ratios)} |" in section
+    assert f"| {found['attention']['ringattn / one process']:.2f} |" in section
+    peer = found["attention"]["ring-attention-pytorch / ringattn"]
+    assert f"takes {peer:.1f} times" in section
 
 
 def test_the_picture_can_be_drawn(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 B batch, T query rows, H query heads, D head dim, N partials. lse is a natural log.
 Partials are float32 (float64 for float64 inputs); an empty row is out 0, lse -inf.
-Source: design.md "Merge"; the formula is that of Ring Attention (Liu et al. 2023, section 3)
+Source: the formula of Ring Attention (Liu et al. 2023, section 3)
 and FlashAttention (Dao 2022, section 3.1) written for normalised partials.
 """
 
