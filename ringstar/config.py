@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from localflash import BACKENDS
 from ringstar.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KERNELS = ("auto", "reference", "torch", "cudnn", "efficient")
+KERNELS = ("auto", *BACKENDS)
 LAYOUTS = ("zigzag", "striped", "contiguous")
 PAST_BY = ("auto", "kv", "queries")
 STRATEGIES = ("dense", "ring")

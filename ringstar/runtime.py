@@ -15,6 +15,7 @@ import torch
 import localflash
 from ringstar.answers import Answer, collect
 from ringstar.config import (
+    STRATEGIES,
     Config,
     DenseConfig,
     GenerationConfig,
@@ -125,8 +126,8 @@ class LongContext:
         Raises:
             UserError: a setting, or a model that cannot be run exactly, by name.
         """
-        if strategy not in ("ring", "dense"):
-            raise UserError("strategy", strategy, "allowed: dense, ring")
+        if strategy not in STRATEGIES:
+            raise UserError("strategy", strategy, f"allowed: {', '.join(STRATEGIES)}")
         chosen = RingConfig(layout=layout) if strategy == "ring" else DenseConfig()
         named = transport if isinstance(transport, str) else "auto"
         config = Config(

@@ -73,18 +73,21 @@ def test_an_end_token_ends_the_answer_and_is_not_part_of_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "generation.max_new_tokens=0"),
         ({"temperature": -1.0}, "generation.temperature=-1.0"),
         ({"top_p": 7}, "generation.top_p=7"),
         ({"stop": ["x"]}, "generation.stop=x"),
+        ({"max_new_tokens": 2.5}, "an integer above 0"),
+        ({"stop": "END"}, "a list of texts"),
+        ({"stop": [""]}, "cannot be empty"),
     ],
 )
-def test_wrong_settings_are_refused_by_name(changes, key):
+def test_wrong_settings_are_refused_by_name(changes, message):
     ring = runtime(1)
     document = ring.encode(random_ids(5))
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match=message):
         ring.ask(document, random_ids(2), **changes)
 
 

@@ -59,21 +59,6 @@ def test_text_and_ids_are_checked():
         ring.encode("text")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_new_tokens": 2.5}, "an integer above 0"),
-        ({"stop": "END"}, "a list of texts"),
-        ({"stop": [""]}, "cannot be empty"),
-    ],
-)
-def test_settings_are_checked(changes, message):
-    ring = runtime(1)
-    document = ring.encode(random_ids(5))
-    with pytest.raises(UserError, match=message):
-        ring.ask(document, random_ids(2), **changes)
-
-
 def test_dense_refuses_ranks_that_are_given():
     with pytest.raises(UserError, match="runs on one rank, not 3"):
         LongContext.from_pretrained(
