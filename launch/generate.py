@@ -35,7 +35,7 @@ from launch.progress import encode_bar
 from launch.ranks import join_launcher, start_ranks
 from launch.weights import check_weights
 from ringstar.answers import Answer
-from ringstar.config import Config, RingConfig
+from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles, find_model, quiet_transformers
 from ringstar.ranks import check_gpus, check_ranks, check_strategy, make_ranks, under_torchrun
@@ -113,7 +113,7 @@ def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[
         "new_tokens": len(answer.ids),
         "finish_reason": answer.finish_reason,
         "strategy": strategy.name,
-        "layout": strategy.layout if isinstance(strategy, RingConfig) else None,
+        "layout": getattr(strategy, "layout", None),
         "world_size": runtime.world_size,
         "transport": runtime.transport,
         "kernel": runtime.kernel,

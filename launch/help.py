@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.options import GROUPS, compose_config, group_options, option_keys
+from launch.options import GROUPS, every_option, group_options
 
 _MEANING = {
-    "strategy": "how the document is encoded: dense (one rank) or ring (exact, over ranks)",
-    "strategy.layout": "how the ring deals tokens: zigzag and striped balance causal work",
-    "strategy.past_by": "what travels to reach earlier chunks: kv, queries, or the lesser (auto)",
+    "strategy": "how the document is encoded: ring (exact), star (approximate), dense (one rank)",
+    "strategy.layout": "ring: how tokens are dealt; zigzag and striped balance causal work",
+    "strategy.past_by": "ring: what travels to earlier chunks: kv, queries, or the lesser (auto)",
+    "strategy.block_size": "star: tokens of a block, as 4096 or 4K; unset: document / ranks",
+    "strategy.anchor_size": "star: tokens before every block; unset: a block; 0: none",
+    "strategy.share_anchor": "star: an anchor's KV is computed once: world, rank, none, auto",
+    "strategy.anchor_content": "star: first (the paper's), previous, shuffled, random, constant",
+    "strategy.anchor_positions": "star: own (the paper's), previous, random",
+    "strategy.anchor_token": "star: id of anchor_content=constant; unset: the most frequent",
+    "strategy.anchor_seed": "star: of shuffled and random anchors",
     "transport": "how ranks talk; threads simulates ranks in one process",
     "transport.world_size": "simulated ranks; elsewhere it is only checked",
     "transport.timeout_s": "how long a rank waits for another, seconds",
@@ -51,12 +58,8 @@ def help_text(introduction: str) -> str:
 
 
 def _rows() -> Iterator[tuple[str, str, str]]:
-    config = compose_config([])
     for group in GROUPS:
         yield group, f"{_MEANING[group]}: {'|'.join(group_options(group))}", ""
-    for key in option_keys(config):
+    for key, default in every_option().items():
         if key not in _INTERNAL:
-            value = config
-            for part in key.split("."):
-                value = value[part]
-            yield key, _MEANING[key], "" if value in (None, []) else f" [{value}]"
+            yield key, _MEANING[key], "" if default in (None, []) else f" [{default}]"

@@ -14,8 +14,8 @@ from typing import Any
 from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
-from ringstar.ranks import under_torchrun
-from ringstar.runtime import check_ids, check_lengths
+from ringstar.ranks import under_torchrun, world_size_of
+from ringstar.runtime import check_fits, check_ids
 
 STDIN = "-"
 
@@ -39,7 +39,8 @@ def read_request(config: Config, files: ModelFiles) -> Request:
     check_ids("question", query, files.vocab_size)
     if config.generation.stop and files.tokenizer is None:
         raise UserError("generation.stop", config.generation.stop[0], "needs a tokenizer")
-    check_lengths(files, config.model, len(context), len(query), config.generation.max_new_tokens)
+    world = config.launch.nproc or world_size_of(config.transport)
+    check_fits(config, files, world, len(context), len(query), config.generation.max_new_tokens)
     return Request(context, query)
 
 

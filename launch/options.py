@@ -80,6 +80,18 @@ def option_keys(config: DictConfig) -> Iterator[str]:
             yield key
 
 
+def every_option() -> dict[str, object]:
+    """Each option of any choice of strategy, with its default."""
+    found: dict[str, object] = {}
+    for name in group_options("strategy"):
+        config = compose_config([f"strategy={name}"])
+        for key in option_keys(config):
+            found[key] = OmegaConf.select(config, key)
+    return dict(
+        sorted(found.items(), key=lambda item: item[0].startswith("strategy."), reverse=True)
+    )
+
+
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """Hydra's own composition of `configs/`."""
     _register_schemas()
@@ -93,6 +105,7 @@ def _register_schemas() -> None:
     store.store(group="schema", name="config", node=schema.Config(strategy=MISSING))
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)
+    store.store(group="schema/strategy", name="star", node=schema.StarConfig)
     store.store(group="schema", name="transport", node=schema.TransportConfig)
     store.store(group="schema", name="kernel", node=schema.KernelConfig)
     store.store(group="schema", name="model", node=schema.ModelConfig)
@@ -164,7 +177,7 @@ def _first_line(error: BaseException) -> str:
 
 def _unknown(key: str, known: set[str], base: DictConfig) -> str:
     section = key.rpartition(".")[0]
-    if key in option_keys(compose_config([])):  # but not with what was chosen for its group
+    if key in every_option():  # but not with what was chosen for its group
         return f"{section}={base[section].name} has no such option"
     beside = [k for k in sorted(known) if k.rpartition(".")[0] == section]
     hint = _did_you_mean(key, [k for k in (*sorted(known), *GROUPS) if k != section])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -12,32 +12,42 @@ from torch import Tensor
 from localflash import DenseKV
 from ringattn.plan import Costs, ExtendPlan, PastBy
 from ringattn.prefill import KVBuffers, Ring, extend
-from seqpar import Attend, Layout, LayoutKind, Runs, Transport
+from seqpar import Attend, Layout, LayoutKind, Runs, Transport, Work, pairs, token_count
 
 
 @dataclass(frozen=True)
 class RingExtension:
-    """New tokens at positions [start, stop), sharded over ranks, after a sharded past."""
+    """New tokens sharded over ranks, after a sharded past."""
 
-    start: int
-    stop: int
     plan: ExtendPlan
     transport: Transport
     buffers: KVBuffers
     past_by: PastBy | Literal["auto"]
 
     @property
-    def own(self) -> Runs:
-        """The positions that this rank computes and keeps."""
+    def positions(self) -> Runs:
+        """What this rank computes, in order."""
         return self.plan.own
 
     @property
-    def owned(self) -> tuple[Runs, ...]:
-        """The positions that each rank keeps."""
-        return self.plan.new
+    def kept(self) -> Runs:
+        """The positions among them that it keeps: all."""
+        return self.plan.own
+
+    @property
+    def work(self) -> Work:
+        """Without windows, which only make it less."""
+        steps = (*self.plan.new_steps(), *self.plan.past_kv_steps())
+        seen = sum(pairs(tile) for step in steps for tile in step.tiles)
+        return Work(token_count(self.plan.own), seen)
+
+    def token_ids(self, ids: Sequence[int]) -> list[int]:
+        """The tokens at `positions` of the document `ids`."""
+        return [ids[position] for run in self.plan.own for position in run]
 
     def attend(
         self,
+        layer: int,
         q_BTHD: Tensor,
         new: DenseKV,
         past: DenseKV,
@@ -76,14 +86,26 @@ class RingStrategy:
         self._transport, self._chunk_tokens, self._past_by = transport, chunk_tokens, past_by
         self._buffers = KVBuffers()
 
-    def extensions(self, start: int, stop: int, past: tuple[Runs, ...]) -> Iterator[RingExtension]:
-        """Encode positions [start, stop) after `past[r]`, what each rank r holds already."""
+    def plan(
+        self, start: int, stop: int, past: tuple[Runs, ...]
+    ) -> tuple[tuple[Runs, ...], list[RingExtension]]:
+        """What each rank keeps of the positions [start, stop), and this rank's forward passes.
+
+        `past[r]` is what each rank r holds already.
+        """
         world = self._transport.world_size
         chunks = max(1, -(-(stop - start) // (self._chunk_tokens * world)))
         edges = [start + index * (stop - start) // chunks for index in range(chunks + 1)]
+        owned: tuple[Runs, ...] = ((),) * world
+        extensions = []
         for first, last in pairwise(edges):
             layout = Layout(self.layout, first, last, world)
             new = tuple(layout.runs(rank) for rank in range(world))
             plan = ExtendPlan(self._transport.rank, new, past)
-            yield RingExtension(first, last, plan, self._transport, self._buffers, self._past_by)
-            past = tuple(before + more for before, more in zip(past, new, strict=True))
+            extensions.append(RingExtension(plan, self._transport, self._buffers, self._past_by))
+            past, owned = _both(past, new), _both(owned, new)
+        return owned, extensions
+
+
+def _both(before: tuple[Runs, ...], more: tuple[Runs, ...]) -> tuple[Runs, ...]:
+    return tuple(a + b for a, b in zip(before, more, strict=True))

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import starattn
 from localflash import BACKENDS
 from ringstar.errors import UserError
+from starattn import CONTENTS, POSITIONS, token_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", *BACKENDS)
 LAYOUTS = ("zigzag", "striped", "contiguous")
+SHARES = ("auto", *starattn.SHARES)
 PAST_BY = ("auto", "kv", "queries")
-STRATEGIES = ("dense", "ring")
 MODELS = ("hf", "smollm2")
 # some thirty years: more overflows the clocks of the libraries below
 MAX_TIMEOUT_S = 1e9
@@ -45,6 +47,38 @@ class RingConfig(StrategyConfig):
     layout: str = "zigzag"
     # how queries of a later chunk reach the KV of earlier ones
     past_by: str = "auto"
+
+
+@dataclass
+class StarConfig(StrategyConfig):
+    """Star Attention, approximate: blocks behind an anchor; see `starattn.anchors.Anchor`.
+
+    Sizes are tokens, also written `4K`.
+    """
+
+    name: str = "star"
+    # None: the document's length over the number of ranks
+    block_size: int | str | None = None
+    # None: as long as a block; 0: no anchor
+    anchor_size: int | str | None = None
+    # how often an anchor's KV is computed: in all, on each rank, for each block (none)
+    share_anchor: str = "auto"
+    anchor_content: str = "first"
+    anchor_positions: str = "own"
+    # of anchor_content=constant; None: the document's most frequent token
+    anchor_token: int | None = None
+    anchor_seed: int = 0
+
+
+_STRATEGIES = {"dense": DenseConfig, "ring": RingConfig, "star": StarConfig}
+STRATEGIES = tuple(_STRATEGIES)
+
+
+def strategy_config(name: str) -> StrategyConfig:
+    """The default settings of a strategy; raises UserError for an unknown name."""
+    if name not in _STRATEGIES:
+        raise UserError("strategy", name, f"allowed: {', '.join(STRATEGIES)}")
+    return _STRATEGIES[name]()
 
 
 @dataclass
@@ -165,6 +199,8 @@ def _rules(config: Config) -> Iterator[Rule]:
     if isinstance(strategy, RingConfig):
         yield _one_of("strategy.layout", strategy.layout, LAYOUTS)
         yield _one_of("strategy.past_by", strategy.past_by, PAST_BY)
+    if isinstance(strategy, StarConfig):
+        yield from star_rules(strategy)
     yield _one_of("transport", transport.name, TRANSPORTS)
     yield _count("transport.world_size", transport.world_size)
     in_range = 0 < transport.timeout_s <= MAX_TIMEOUT_S
@@ -179,6 +215,34 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield _count("encode.answer_tokens", config.encode.answer_tokens)
     yield _count("launch.nproc", config.launch.nproc)
     yield from _generation_rules(config.generation)
+
+
+def star_rules(star: StarConfig) -> Iterator[Rule]:
+    """What any Star setting must fulfil, whatever the document."""
+    block = tokens_of("strategy.block_size", star.block_size)
+    anchor = tokens_of("strategy.anchor_size", star.anchor_size)
+    whole = "allowed: an integer above 0, or as 4K"
+    yield "strategy.block_size", star.block_size, block is None or block > 0, whole
+    whole = "allowed: an integer from 0 (no anchor), or as 4K"
+    yield "strategy.anchor_size", star.anchor_size, anchor is None or anchor >= 0, whole
+    fits = block is None or anchor is None or anchor <= block
+    within = f"allowed: at most strategy.block_size={star.block_size}"
+    yield "strategy.anchor_size", star.anchor_size, fits, within
+    yield _one_of("strategy.share_anchor", star.share_anchor, SHARES)
+    yield _one_of("strategy.anchor_content", star.anchor_content, CONTENTS)
+    yield _one_of("strategy.anchor_positions", star.anchor_positions, POSITIONS)
+    token = star.anchor_token
+    of_use = token is None or (token >= 0 and star.anchor_content == "constant")
+    allowed = "allowed: a token id, with strategy.anchor_content=constant"
+    yield "strategy.anchor_token", token, of_use, allowed
+
+
+def tokens_of(key: str, size: int | str | None) -> int | None:
+    """A number of tokens from 4096, "4096" or "4K"; raises UserError."""
+    try:
+        return None if size is None else token_size(size)
+    except ValueError as error:
+        raise UserError(key, size, "allowed: a number of tokens, as 4096 or 4K") from error
 
 
 def _generation_rules(generation: GenerationConfig) -> Iterator[Rule]:

@@ -15,7 +15,7 @@ from ringstar.models import BoundModel
 from ringstar.passes import ExtendPass, ReplicatedPass, turn_runs
 from ringstar.sampling import NO_TOKEN, Sampler
 from ringstar.strategies import Extension, Strategy
-from seqpar import Run, Runs, Transport, positions, token_count
+from seqpar import Runs, Transport, positions, token_count
 
 OnProgress = Callable[[float], None]
 DUMMY_ID = 0
@@ -30,6 +30,7 @@ class DocumentShard:
     owned: tuple[Runs, ...]
     runs: Runs
     encode_s: float
+    bytes_sent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +49,31 @@ class RankEngine:
         self,
         model: BoundModel,
         transport: Transport,
-        strategy: Strategy,
         kernel: str,
         answer_tokens: int,
     ):
         self._model, self._transport = model, transport
-        self._strategy, self._kernel = strategy, kernel
+        self._kernel = kernel
         self._room = _share(answer_tokens, transport.world_size)
 
-    def encode(self, ids: Sequence[int], on_progress: OnProgress) -> DocumentShard:
+    def encode(
+        self, ids: Sequence[int], strategy: Strategy, on_progress: OnProgress
+    ) -> DocumentShard:
         """Encode a document of at least one token; its KV stays with the ranks that made it."""
-        started = time.perf_counter()
+        started, sent = time.perf_counter(), self._transport.counters.bytes_sent
         self._transport.check_agreement("document", list(ids))
         world, rank = self._transport.world_size, self._transport.rank
-        owned: tuple[Runs, ...] = ((),) * world
-        plan = list(self._strategy.extensions(0, len(ids), owned))
+        owned, plan = strategy.plan(0, len(ids), ((),) * world)
         cache = ShardedCache()
-        cache.reserve(sum(token_count(extension.own) for extension in plan) + self._room)
+        cache.reserve(sum(token_count(extension.kept) for extension in plan) + self._room)
         progress = _Progress(self._model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
             self._extend(ids, extension, cache, progress)
-            owned = tuple(a + b for a, b in zip(owned, extension.owned, strict=True))
         _finish_device_work(self._transport.device)
         took = time.perf_counter() - started
-        return DocumentShard(cache, len(ids), owned, owned[rank], took)
+        sent = self._transport.counters.bytes_sent - sent
+        return DocumentShard(cache, len(ids), owned, owned[rank], took, sent)
 
     def generate(
         self, shard: DocumentShard, query_ids: Sequence[int], settings: GenerationConfig
@@ -87,12 +88,22 @@ class RankEngine:
         first = True
         try:
             while True:
-                logits = self._replicated(new, start, shard.cache)
+                logits = self._replicated(new, start, shard.cache, 1)[0]
                 token = self._agree(logits, sampler)
                 yield GeneratedToken(token, time.perf_counter(), logits if first else None)
                 start, new, first = start + len(new), [token], False
                 if self._transport.phase != "decode":
                     self._transport.publish("decode")
+        finally:
+            shard.cache.truncate(shard.runs)
+
+    def score(self, shard: DocumentShard, query_ids: Sequence[int], last: int) -> Tensor:
+        """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
+        self._transport.check_agreement("continuation", list(query_ids), last)
+        self._transport.publish("score")
+        shard.cache.truncate(shard.runs)
+        try:
+            return self._replicated(query_ids, shard.tokens, shard.cache, last)
         finally:
             shard.cache.truncate(shard.runs)
 
@@ -104,11 +115,8 @@ class RankEngine:
     def _extend(
         self, ids: Sequence[int], extension: Extension, cache: ShardedCache, progress: _Progress
     ) -> None:
-        own = positions(extension.own)
-        at = cache.append(extension.own)
-        mine = own or [extension.start]
-        token_ids = [ids[position] for position in own] or [DUMMY_ID]
-        positions_T = self._tensor(mine)
+        at = cache.append(extension.kept)
+        positions_T = self._tensor(positions(extension.positions) or [0])
         context = ExtendPass(
             self._rotary(positions_T),
             extension,
@@ -117,9 +125,12 @@ class RankEngine:
             self._kernel,
             progress.layer_done(extension),
         )
-        self._model.forward(self._tensor(token_ids), positions_T, context, logits=False)
+        token_ids = self._tensor(extension.token_ids(ids) or [DUMMY_ID])
+        self._model.forward(token_ids, positions_T, context, logits=0)
 
-    def _replicated(self, new: Sequence[int], start: int, cache: ShardedCache) -> Tensor:
+    def _replicated(
+        self, new: Sequence[int], start: int, cache: ShardedCache, logits: int
+    ) -> Tensor:
         rank, world = self._transport.rank, self._transport.world_size
         own = turn_runs(start, len(new), rank, world)
         positions_T = self._tensor(list(range(start, start + len(new))))
@@ -133,9 +144,7 @@ class RankEngine:
             self._transport,
             self._kernel,
         )
-        logits = self._model.forward(self._tensor(new), positions_T, context, logits=True)
-        assert logits is not None
-        return logits
+        return self._model.forward(self._tensor(new), positions_T, context, logits=logits)
 
     def _agree(self, logits_V: Tensor, sampler: Sampler) -> int:
         """Rank 0 chooses and tells the others, so that ranks never differ about an end."""
@@ -161,19 +170,15 @@ def _share(tokens: int, world: int) -> int:
 
 
 class _Progress:
-    """The share of an encode's floating point operations that is done, after each layer."""
+    """The share of this rank's floating point operations that is done, after each layer."""
 
     def __init__(self, model: BoundModel, plan: Sequence[Extension], report: OnProgress):
-        self._layers, self._report, self._done = model.layers, report, 0.0
-        weights, per_key = model.flops_per_token()
-        self._costs = {
-            (e.start, e.stop): len(Run(e.start, e.stop)) * (weights + per_key * _mean_keys(e))
-            for e in plan
-        }
-        self._total = sum(self._costs.values()) * self._layers
+        self._report, self._done = report, 0.0
+        self._per_token, self._per_pair = model.flops_per_token()
+        self._total = sum(map(self._cost, plan)) * model.layers
 
     def layer_done(self, extension: Extension) -> Callable[[], None]:
-        share = self._costs[extension.start, extension.stop] / self._total
+        share = self._cost(extension) / self._total if self._total else 0.0
 
         def report() -> None:
             self._done += share
@@ -181,9 +186,9 @@ class _Progress:
 
         return report
 
-
-def _mean_keys(extension: Extension) -> float:
-    return (extension.start + extension.stop) / 2
+    def _cost(self, extension: Extension) -> float:
+        work = extension.work
+        return work.tokens * self._per_token + work.pairs * self._per_pair
 
 
 def _finish_device_work(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ class RankMetrics:
     """One value per rank, in rank order, bytes.
 
     `peak_memory` is the CUDA allocator's peak on a GPU, else the peak resident size of the
-    process (which simulated ranks share).  `bytes_sent` counts from the start of the rank.
+    process (which simulated ranks share).
     """
 
     peak_memory_bytes: list[int]
@@ -24,15 +25,19 @@ class RankMetrics:
     bytes_sent: list[int]
 
 
-def gather_metrics(transport: Transport, kv_bytes: int) -> RankMetrics:
+def gather_metrics(transport: Transport, kv_bytes: int, bytes_sent: int) -> RankMetrics:
     """Collect every rank's figures on all ranks; its own exchange is not counted."""
-    figures = [peak_memory(transport.device), kv_bytes, transport.counters.bytes_sent]
-    mine = torch.tensor(figures, dtype=torch.int64, device=transport.device)
-    everyone = mine.new_empty(transport.world_size, 3)
+    figures = [peak_memory(transport.device), kv_bytes, bytes_sent]
+    return RankMetrics(*gather_integers(transport, figures))
+
+
+def gather_integers(transport: Transport, mine: Sequence[int]) -> list[list[int]]:
+    """For each of these figures a list of every rank's; the exchange is not counted."""
+    figures = torch.tensor(mine, dtype=torch.int64, device=transport.device)
+    everyone = figures.new_empty(transport.world_size, len(mine))
     with transport.uncounted():
-        transport.all_gather(mine, everyone).wait()
-    peak, kv, sent_by = (everyone[:, column].tolist() for column in range(3))
-    return RankMetrics(peak, kv, sent_by)
+        transport.all_gather(figures, everyone).wait()
+    return everyone.T.tolist()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -20,10 +20,10 @@ from seqpar import Run, Runs, Tile, Transport, attend_sharded, tiles, token_coun
 
 @dataclass
 class ExtendPass:
-    """New tokens of a document, sharded: each rank computes and keeps its own.
+    """New tokens of a document: each rank computes its own, and keeps all or the last of them.
 
-    A rank that owns nothing runs one dummy token, which is cut off here: neither its KV nor
-    its result is kept, but the rank takes part in every exchange.
+    A rank that has nothing to compute runs one dummy token, which is cut off here: neither its
+    KV nor its result is kept, but the rank takes part in every exchange.
     """
 
     position_embeddings: tuple[Tensor, Tensor]
@@ -44,11 +44,17 @@ class ExtendPass:
         softcap: float | None,
         window: int | None,
     ) -> Tensor:
-        own = token_count(self.extension.own)
-        self.cache.write(layer, self.at, k_BTKD[:, :own], v_BTKD[:, :own])
+        own = token_count(self.extension.positions)
+        kept = token_count(self.extension.kept)
+        new = DenseKV(k_BTKD[:, :own], v_BTKD[:, :own])
+        to_keep = new.slice(own - kept, own)
+        self.cache.write(layer, self.at, to_keep.k_BTHD, to_keep.v_BTHD)
+        if kept == own:  # the cache's copy lies as kernels and transfers like it
+            new = self.cache.view(layer, self.at, self.at + kept)
         out = self.extension.attend(
+            layer,
             q_BTHD[:, :own],
-            self.cache.view(layer, self.at, self.at + own),
+            new,
             self.cache.view(layer, 0, self.at),
             window=window,
             attend=_bound(self.kernel, scale, softcap),

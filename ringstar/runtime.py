@@ -15,23 +15,25 @@ import torch
 import localflash
 from ringstar.answers import Answer, collect
 from ringstar.config import (
-    STRATEGIES,
     Config,
-    DenseConfig,
     GenerationConfig,
     KernelConfig,
     ModelConfig,
     RingConfig,
+    StarConfig,
+    StrategyConfig,
     TransportConfig,
     check,
     check_generation,
+    strategy_config,
 )
 from ringstar.engine import DocumentShard, OnProgress, RankEngine
 from ringstar.errors import UserError
-from ringstar.metrics import gather_metrics
+from ringstar.metrics import RankMetrics, gather_integers, gather_metrics
 from ringstar.models import ModelFiles, choose_dtype, find_model
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
-from ringstar.strategies import make_strategy
+from ringstar.strategies import check_document, describe, make_strategy
+from seqpar import Transport
 
 log = logging.getLogger("ringstar")
 
@@ -42,18 +44,16 @@ Text = str | Sequence[int]
 class Document:
     """An encoded document: its KV stays sharded over the ranks that made it.
 
-    `shards` are those of the ranks in this process.
+    `encode_s` is the slowest rank's, `metrics` every rank's, `shards` those of the ranks in this
+    process.
     """
 
     tokens: int
+    strategy: StrategyConfig
     encode_s: float
+    metrics: RankMetrics
     shards: list[DocumentShard] = field(repr=False)
     owner: LongContext = field(repr=False, compare=False)
-
-    @property
-    def kv_bytes(self) -> list[int]:
-        """Bytes of KV on each rank of this process."""
-        return [shard.cache.nbytes for shard in self.shards]
 
 
 class LongContext:
@@ -70,10 +70,10 @@ class LongContext:
         choice = choose_kernel(config, files, first.device)
         self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
         self.device, self.dtype, self.kernel = first.device, dtype, choice.backend.name
+        self._said: set[str] = set()
         self._say(
             f"{self.world_size} ranks over {first.name} ({why_transport})",
             f"device {first.device.type}",
-            f"strategy {config.strategy.name}{_layout(config)}",
             f"dtype {str(dtype).removeprefix('torch.')} ({why_dtype})",
             choice.reason,
         )
@@ -81,13 +81,7 @@ class LongContext:
             transport.publish("load")
         model = files.load(config.model, dtype, first.device)
         self._engines = {
-            transport.rank: RankEngine(
-                model,
-                transport,
-                make_strategy(config.strategy, config.encode, transport),
-                self.kernel,
-                config.encode.answer_tokens,
-            )
+            transport.rank: RankEngine(model, transport, self.kernel, config.encode.answer_tokens)
             for transport in ranks.transports
         }
 
@@ -96,7 +90,7 @@ class LongContext:
         cls,
         path: str,
         *,
-        strategy: str = "ring",
+        strategy: str | StrategyConfig = "ring",
         transport: str | Ranks = "auto",
         world_size: int | None = None,
         layout: str = "zigzag",
@@ -111,11 +105,12 @@ class LongContext:
 
         Args:
             path: a local Hugging Face folder, or a GGUF file.
-            strategy: `ring` (exact, over ranks) or `dense` (one rank).
+            strategy: `ring` (exact, over ranks), `star` (approximate), `dense` (one rank), or a
+                RingConfig, StarConfig or DenseConfig with its settings.
             transport: `auto` (torchrun's ranks if there are, else one process), `nccl`, `gloo`,
                 `threads` (simulated ranks), or ranks that are connected already.
             world_size: simulated ranks; under torchrun it may be left out.
-            layout: how the ring deals tokens: `zigzag`, `striped` or `contiguous`.
+            layout: how `ring` deals tokens: `zigzag`, `striped` or `contiguous`.
             kernel: the local attention back end.
             dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
             chunk_tokens: tokens per rank that are encoded at once; bounds memory.
@@ -126,9 +121,9 @@ class LongContext:
         Raises:
             UserError: a setting, or a model that cannot be run exactly, by name.
         """
-        if strategy not in STRATEGIES:
-            raise UserError("strategy", strategy, f"allowed: {', '.join(STRATEGIES)}")
-        chosen = RingConfig(layout=layout) if strategy == "ring" else DenseConfig()
+        chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
+        if strategy == "ring":
+            chosen = RingConfig(layout=layout)
         named = transport if isinstance(transport, str) else "auto"
         config = Config(
             strategy=chosen,
@@ -150,24 +145,40 @@ class LongContext:
         check_ranks(config)
         return cls(config, files, *make_ranks(config.transport))
 
-    def encode(self, document: Text, on_progress: OnProgress | None = None) -> Document:
+    def encode(
+        self,
+        document: Text,
+        on_progress: OnProgress | None = None,
+        *,
+        strategy: StrategyConfig | None = None,
+    ) -> Document:
         """Encode a document, given as text or as token ids.
 
-        `on_progress` is called on rank 0 with the share of the work that is done.
+        `on_progress` is called on rank 0 with the share of its work that is done; `strategy`
+        takes the place of the one that this LongContext was made with, on the same ranks.
 
         Raises:
-            UserError: it is empty, has ids outside the vocabulary, or is too long.
+            UserError: it is empty, has ids outside the vocabulary, is too long, or does not fit
+                the strategy.
         """
+        chosen = strategy or self.config.strategy
         ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
-        check_lengths(self.files, self.config.model, len(ids))
+        config = replace(self.config, strategy=chosen)
+        check_fits(config, self.files, self.world_size, len(ids))
+        self._say(describe(chosen, len(ids), self.world_size))
         quiet: OnProgress = lambda _: None  # noqa: E731
 
-        def encode(transport: Any) -> DocumentShard:
+        def encode(transport: Transport) -> tuple[DocumentShard, RankMetrics, int]:
+            transport.check_agreement("strategy", chosen)
             report = on_progress if on_progress and transport.rank == 0 else quiet
-            return self._engines[transport.rank].encode(ids, report)
+            made = make_strategy(chosen, self.config.encode, transport, self.files.vocab_size)
+            shard = self._engines[transport.rank].encode(ids, made, report)
+            (took,) = gather_integers(transport, [round(shard.encode_s * 1e9)])
+            metrics = gather_metrics(transport, shard.cache.nbytes, shard.bytes_sent)
+            return shard, metrics, max(took)
 
-        shards = self._ranks.run(encode)
-        return Document(len(ids), max(shard.encode_s for shard in shards), shards, self)
+        shards, (metrics, *_), (took, *_) = zip(*self._ranks.run(encode), strict=True)
+        return Document(len(ids), chosen, took / 1e9, metrics, list(shards), self)
 
     def ask(
         self,
@@ -189,25 +200,22 @@ class LongContext:
         """
         chosen = replace(settings or self.config.generation, **changes)
         check_generation(chosen)
-        if document.owner is not self:
-            raise UserError("document", None, "was encoded by another LongContext: encode it here")
+        shards = self._shards(document)
         ids = token_ids("question", question, self.files.query_ids, self.files.vocab_size)
-        check_lengths(
-            self.files, self.config.model, document.tokens, len(ids), chosen.max_new_tokens
-        )
+        self._check_question(document, len(ids), chosen.max_new_tokens)
         tokenizer, ends = self.files.tokenizer, self.files.end_tokens()
         if chosen.stop and tokenizer is None:
             raise UserError("generation.stop", chosen.stop[0], "needs a model with a tokenizer")
-        shards = {t.rank: s for t, s in zip(self._ranks.transports, document.shards, strict=True)}
 
-        def answer(transport: Any) -> Answer:
+        def answer(transport: Transport) -> Answer:
             started = time.perf_counter()
             shard = shards[transport.rank]
             shown = on_text if transport.rank == 0 else None
             engine = self._engines[transport.rank]
             with closing(engine.generate(shard, ids, chosen)) as steps:
                 made = collect(steps, chosen, ends, tokenizer, shown)
-                metrics = gather_metrics(transport, shard.cache.nbytes)
+                sent = transport.counters.bytes_sent
+                metrics = gather_metrics(transport, shard.cache.nbytes, sent)
             times = made.times_s
             return Answer(
                 text=made.text,
@@ -223,6 +231,37 @@ class LongContext:
 
         return self._ranks.run(answer)[0]
 
+    def score(self, document: Document, ids: Sequence[int], last: int = 1) -> torch.Tensor:
+        """What the model expects after each of the last `last` of `ids`, read after a document.
+
+        Float32 logits (last, vocab) on the CPU, the same on every rank; the document is left as
+        it was.  Row −1 − i is about the token that would follow ids[−1 − i].
+
+        Raises:
+            UserError: ids outside the vocabulary, more rows than ids, or too many positions.
+        """
+        shards = self._shards(document)
+        check_ids("ids", ids, self.files.vocab_size)
+        if not 0 < last <= len(ids):
+            raise UserError("last", last, f"allowed: from 1 to the {len(ids)} ids")
+        self._check_question(document, len(ids))
+
+        def score(transport: Transport) -> torch.Tensor:
+            return self._engines[transport.rank].score(shards[transport.rank], ids, last)
+
+        return self._ranks.run(score)[0].cpu()
+
+    def _shards(self, document: Document) -> dict[int, DocumentShard]:
+        """What each rank of this process holds of a document."""
+        if document.owner is not self:
+            raise UserError("document", None, "was encoded by another LongContext: encode it here")
+        pairs = zip(self._ranks.transports, document.shards, strict=True)
+        return {transport.rank: shard for transport, shard in pairs}
+
+    def _check_question(self, document: Document, query: int, new: int = 0) -> None:
+        config = replace(self.config, strategy=document.strategy)
+        check_fits(config, self.files, self.world_size, document.tokens, query, new)
+
     def close(self) -> None:
         """Leave the group of ranks; the last call."""
         for transport in self._ranks.transports:
@@ -231,7 +270,9 @@ class LongContext:
     def _say(self, *lines: str) -> None:
         if self.rank == 0:
             for line in lines:
-                log.info(line)
+                if line not in self._said:
+                    log.info(line)
+                self._said.add(line)
 
 
 def token_ids(
@@ -258,18 +299,34 @@ def check_ids(key: str, ids: Sequence[int], vocab_size: int) -> None:
         raise UserError(key, outside, f"token ids must be from 0 to {vocab_size - 1}")
 
 
-def check_lengths(
-    files: ModelFiles, model: ModelConfig, context: int, query: int = 0, new: int = 0
+def check_fits(
+    config: Config, files: ModelFiles, world_size: int, context: int, query: int = 0, new: int = 0
 ) -> None:
-    """Raise UserError if more positions are asked for than the model was made for."""
+    """Raise UserError for token counts that this model, strategy or ranks cannot take."""
+    check(config)
+    check_strategy(config, world_size)
+    check_document(config.strategy, context, world_size)
+    _check_windows(config.strategy, files, context + query + new)
     total, limit = context + query + new, files.max_positions
-    if total > limit and not model.allow_beyond_limit:
+    if total > limit and not config.model.allow_beyond_limit:
         parts = f"{context} tokens" + (f" + question {query} + answer {new}" if query else "")
         raise UserError(
             "document",
             parts,
             f"{total} positions, but the model's limit is {limit};"
             " model.allow_beyond_limit=true overrides",
+        )
+
+
+def _check_windows(strategy: StrategyConfig, files: ModelFiles, positions: int) -> None:
+    """Star Attention is wrong where a layer's sliding window hides positions."""
+    window = files.window
+    if isinstance(strategy, StarConfig) and window is not None and window < positions:
+        raise UserError(
+            "strategy",
+            "star",
+            f"the model's sliding window of {window} tokens hides part of {positions:,} positions"
+            " and the anchor with them; use strategy=ring",
         )
 
 
@@ -287,8 +344,3 @@ def choose_kernel(config: Config, files: ModelFiles, device: torch.device) -> lo
 
 def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _layout(config: Config) -> str:
-    strategy = config.strategy
-    return f", layout {strategy.layout}" if isinstance(strategy, RingConfig) else ""

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from localflash import DenseKV
 from ringattn import RingStrategy
-from ringstar.config import EncodeConfig, RingConfig, StrategyConfig
-from seqpar import Attend, Runs, Transport
+from ringstar.config import EncodeConfig, RingConfig, StarConfig, StrategyConfig, tokens_of
+from ringstar.errors import UserError
+from seqpar import Attend, Runs, Transport, Work
+from starattn import Anchor, Blocks, StarStrategy, make_blocks
 
 
 class Extension(Protocol):
-    """Some new tokens of a document, encoded in one forward pass."""
+    """Some new tokens of a document, encoded in one forward pass of this rank."""
 
     @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-
-    @property
-    def own(self) -> Runs:
-        """The positions that this rank computes and keeps."""
+    def positions(self) -> Runs:
+        """What this rank computes, in order."""
         ...
 
     @property
-    def owned(self) -> tuple[Runs, ...]:
-        """The positions that each rank keeps."""
+    def kept(self) -> Runs:
+        """The positions among them that it keeps, which come last."""
+        ...
+
+    @property
+    def work(self) -> Work: ...
+
+    def token_ids(self, ids: Sequence[int]) -> list[int]:
+        """The tokens at `positions`, where `ids` is the whole document."""
         ...
 
     def attend(
         self,
+        layer: int,
         q_BTHD: Tensor,
         new: DenseKV,
         past: DenseKV,
@@ -40,17 +45,26 @@ class Extension(Protocol):
         window: int | None,
         attend: Attend,
     ) -> Tensor:
-        """One layer's attention for this rank's new tokens; float32 (B, T, H, D)."""
+        """One layer's attention for the tokens of this pass; float32 (B, T, H, D).
+
+        `new` is the KV of those tokens, `past` what this rank kept before them.
+        """
         ...
 
 
 class Strategy(Protocol):
     """How positions [start, stop) are encoded after what each rank already holds."""
 
-    def extensions(self, start: int, stop: int, past: tuple[Runs, ...]) -> Iterator[Extension]: ...
+    def plan(
+        self, start: int, stop: int, past: tuple[Runs, ...]
+    ) -> tuple[tuple[Runs, ...], Sequence[Extension]]:
+        """What each rank keeps of them, and this rank's forward passes, one after another."""
+        ...
 
 
-def make_strategy(config: StrategyConfig, encode: EncodeConfig, transport: Transport) -> Strategy:
+def make_strategy(
+    config: StrategyConfig, encode: EncodeConfig, transport: Transport, vocab_size: int
+) -> Strategy:
     """One line per strategy."""
     if isinstance(config, RingConfig):
         return RingStrategy(
@@ -59,5 +73,79 @@ def make_strategy(config: StrategyConfig, encode: EncodeConfig, transport: Trans
             chunk_tokens=encode.chunk_tokens,
             past_by=config.past_by,  # type: ignore[arg-type]
         )
+    if isinstance(config, StarConfig):
+        return StarStrategy(
+            transport,
+            block_size=tokens_of("strategy.block_size", config.block_size),
+            anchor_size=tokens_of("strategy.anchor_size", config.anchor_size),
+            share=chosen_share(config)[0],  # type: ignore[arg-type]
+            anchor=anchor_of(config),
+            chunk_tokens=encode.chunk_tokens,
+            vocab_size=vocab_size,
+        )
     # dense is a ring of one: nothing travels
     return RingStrategy(transport, layout="contiguous", chunk_tokens=encode.chunk_tokens)
+
+
+def anchor_of(config: StarConfig) -> Anchor:
+    return Anchor(
+        config.anchor_content,  # type: ignore[arg-type]  # checked by config.check
+        config.anchor_positions,  # type: ignore[arg-type]
+        config.anchor_token,
+        config.anchor_seed,
+    )
+
+
+def chosen_share(config: StarConfig) -> tuple[str, str]:
+    """How often an anchor's KV is computed, and why; raises UserError if it cannot be shared."""
+    of_block = anchor_of(config).of_block
+    if config.share_anchor != "auto":
+        if of_block and config.share_anchor != "none":
+            what = f"strategy.{of_block} gives each block its own anchor; allowed: none, auto"
+            raise UserError("strategy.share_anchor", config.share_anchor, what)
+        return config.share_anchor, "as asked"
+    if of_block:
+        return "none", f"{of_block} differs from block to block"
+    return "world", "the anchor is the same for all blocks"
+
+
+def star_blocks(config: StarConfig, tokens: int, world: int) -> Blocks:
+    """The blocks of a document of `tokens`; raises UserError for sizes that do not fit it."""
+    sizes = (
+        tokens_of("strategy.block_size", config.block_size),
+        tokens_of("strategy.anchor_size", config.anchor_size),
+    )
+    try:
+        return make_blocks(tokens, world, *sizes)
+    except ValueError as error:
+        key, _, rest = str(error).partition("=")
+        value, _, why = rest.partition(": ")
+        raise UserError(f"strategy.{key}", value, why) from error
+
+
+def check_document(config: StrategyConfig, tokens: int, world: int) -> None:
+    """Raise UserError for a strategy that cannot encode a document of `tokens`."""
+    if isinstance(config, StarConfig):
+        star_blocks(config, tokens, world)
+
+
+def describe(config: StrategyConfig, tokens: int, world: int) -> str:
+    """How a document of `tokens` is encoded, and why so: for people."""
+    if isinstance(config, RingConfig):
+        return f"strategy ring, layout {config.layout}"
+    if not isinstance(config, StarConfig):
+        return f"strategy {config.name}"
+    blocks = star_blocks(config, tokens, world)
+    if blocks.count == 1:
+        return f"strategy star, one block of all {tokens:,} tokens: exact"
+    size = "as asked" if config.block_size else f"a block for each of {world} ranks"
+    text = f"strategy star, {blocks.count} blocks of {blocks.size:,} tokens ({size}), "
+    if not blocks.anchor:
+        return text + "no anchor"
+    share, why = chosen_share(config)
+    how = {
+        "world": "computed once and broadcast",
+        "rank": "computed once on each rank",
+        "none": "computed for each block",
+    }
+    return f"{text}anchor of {blocks.anchor:,} tokens {how[share]} ({why})"

@@ -2,14 +2,15 @@
 
 from seqpar.layout import Layout, LayoutKind, Run, Runs, positions, token_count
 from seqpar.local import Attend, accumulate_tiles
-from seqpar.schedule import Step, Tile, ring_steps, tiles, travels, visible
+from seqpar.schedule import Step, Tile, Work, pairs, ring_steps, tiles, travels, visible
 from seqpar.softmax import attend_sharded, merge_across_ranks
 from seqpar.threads import Link, ThreadTransport, ThreadWorld
-from seqpar.transport import Counters, Event, Handle, Transport, TransportError
+from seqpar.transport import Counters, Done, Event, Handle, Transport, TransportError
 
 __all__ = [
     "Attend",
     "Counters",
+    "Done",
     "Event",
     "Handle",
     "Layout",
@@ -23,9 +24,11 @@ __all__ = [
     "Tile",
     "Transport",
     "TransportError",
+    "Work",
     "accumulate_tiles",
     "attend_sharded",
     "merge_across_ranks",
+    "pairs",
     "positions",
     "ring_steps",
     "tiles",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from localflash import Band
+from localflash import Band, Piece, pieces
 from seqpar.layout import Run, Runs, token_count
 
 
@@ -35,6 +36,28 @@ class Step:
     send: int
     receive: int
     tiles: tuple[Tile, ...]
+
+
+class Work(NamedTuple):
+    """What one rank computes in a forward pass.
+
+    `tokens` go through every layer; `pairs` of a query and a key are visible, which cost
+    4·H·D floating point operations each in every layer.
+    """
+
+    tokens: int
+    pairs: int
+
+
+def pairs(tile: Tile) -> int:
+    """Visible pairs of a query and a key."""
+    rows, keys = (part.stop - part.start for part in (tile.q, tile.k))
+    return sum(_piece_pairs(piece, rows, keys) for piece in pieces(rows, keys, tile.band))
+
+
+def _piece_pairs(piece: Piece, rows: int, keys: int) -> int:
+    q, k = len(range(*piece.q.indices(rows))), len(range(*piece.k.indices(keys)))
+    return q * k if piece.kind == "full" else q * (q + 1) // 2
 
 
 def tiles(q_runs: Runs, k_runs: Runs, window: int | None = None) -> tuple[Tile, ...]:

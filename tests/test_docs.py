@@ -123,7 +123,7 @@ def test_bytes_are_those_of_the_table():
         )
         document = ring.encode(random_ids(share * world))
         kv = 2 * share * kv_heads * dim * size
-        assert document.kv_bytes == [layers * kv] * world
+        assert document.metrics.kv_bytes == [layers * kv] * world
         counters = [transport.counters for transport in ring._ranks.transports]
         sent = [counter.bytes_sent for counter in counters]
         hops = [1, 2, 3, 0] if layout == "contiguous" else [world - 1] * world

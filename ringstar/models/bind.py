@@ -55,11 +55,11 @@ class BoundModel:
         return self.config.num_hidden_layers
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext, *, logits: bool
-    ) -> Tensor | None:
-        """Run the model on one rank's tokens; logits (vocab,) float32 of the last one, if asked."""
+        self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext, *, logits: int
+    ) -> Tensor:
+        """Run the model on one rank's tokens; float32 logits (logits, vocab) of the last ones."""
         call = self.model if logits else self.model.get_decoder()
-        keep = {"logits_to_keep": 1} if logits else {}
+        keep = {"logits_to_keep": logits} if logits else {}
         output = call(
             input_ids=ids_T.unsqueeze(0),
             position_ids=positions_T.unsqueeze(0),
@@ -67,7 +67,7 @@ class BoundModel:
             ringstar_context=context,
             **keep,
         )
-        return output.logits[0, -1].float() if logits else None
+        return output.logits[0].float() if logits else ids_T.new_empty(0, dtype=torch.float32)
 
     def flops_per_token(self) -> tuple[float, float]:
         """Of one layer's weights, and of its attention per key that a token sees."""

@@ -42,6 +42,13 @@ class ModelFiles:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def window(self) -> int | None:
+        """The sliding window of some layer, in tokens; None if every layer sees everything."""
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
+        slides = "sliding_attention" in kinds
+        return getattr(self.config, "sliding_window", None) if slides else None
+
     @cached_property
     def tokenizer(self) -> Any | None:
         """The model's own tokenizer; None if the folder has none (token ids need none)."""

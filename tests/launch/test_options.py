@@ -10,7 +10,7 @@ import yaml
 
 from launch import generate
 from launch.help import help_text
-from launch.options import CONFIG_DIR, GROUPS, compose_config, group_options, option_keys, parse
+from launch.options import CONFIG_DIR, GROUPS, every_option, group_options, parse
 from launch.outputs import resolved_config
 from ringstar.config import Config
 
@@ -37,15 +37,22 @@ OPTIONS = [
     "output.path",
     "question",
     "question_path",
+    "strategy.anchor_content",
+    "strategy.anchor_positions",
+    "strategy.anchor_seed",
+    "strategy.anchor_size",
+    "strategy.anchor_token",
+    "strategy.block_size",
     "strategy.layout",
     "strategy.past_by",
+    "strategy.share_anchor",
     "transport.threads_per_rank",
     "transport.timeout_s",
     "transport.world_size",
 ]
 
 CHOICES = {
-    "strategy": ["dense", "ring"],
+    "strategy": ["dense", "ring", "star"],
     "transport": ["auto", "gloo", "nccl", "threads"],
     "kernel": ["auto", "cudnn", "efficient", "reference", "torch"],
     "model": ["hf", "smollm2"],
@@ -102,7 +109,7 @@ def value_of(config: Config, key: str):
 
 
 def test_every_option_is_still_there():
-    assert sorted(option_keys(compose_config([]))) == OPTIONS
+    assert sorted(every_option()) == OPTIONS
 
 
 def test_every_choice_is_still_there():

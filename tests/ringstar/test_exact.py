@@ -88,12 +88,12 @@ def test_a_document_can_be_asked_again_and_questions_leave_nothing_behind():
     folder = tiny_folder("llama")
     ring = runtime(folder, 3, "zigzag", 8192)
     document = ring.encode(random_ids(40))
-    held = document.kv_bytes
+    held = document.metrics.kv_bytes
     first = ring.ask(document, random_ids(9), max_new_tokens=20)
     ring.ask(document, random_ids(30, seed=3), max_new_tokens=5)
     again = ring.ask(document, random_ids(9), max_new_tokens=20)
     assert again.ids == first.ids
-    assert held == document.kv_bytes
+    assert held == document.metrics.kv_bytes
 
 
 def test_answering_within_the_room_moves_nothing():

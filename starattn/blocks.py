@@ -1,0 +1,90 @@
+"""Blocks of a document and the ranks that hold them: pure integers.
+
+Star Attention (Acharya, Jia, Ginsburg, arXiv 2411.17116), section 2: the document is cut into
+blocks, and every block but the first is encoded behind an anchor.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from seqpar import Run, Runs
+
+# more blocks than this, and the size was surely meant in thousands
+MAX_BLOCKS = 1023
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """`tokens` of a document in blocks of `size`, the last one as long as is left.
+
+    Neighbouring blocks go to one rank; with fewer blocks than ranks some ranks have none, but
+    rank 0 always has block 0.  `anchor` tokens stand before every block but the first.
+    """
+
+    tokens: int
+    size: int
+    anchor: int
+    world: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.tokens // self.size)
+
+    def run(self, block: int) -> Run:
+        """The positions of `block`."""
+        return Run(block * self.size, min(self.tokens, (block + 1) * self.size))
+
+    def of_rank(self, rank: int) -> range:
+        """The blocks that `rank` encodes and keeps."""
+        first, last = (-(-r * self.count // self.world) for r in (rank, rank + 1))
+        return range(first, last)
+
+    def owned(self, rank: int) -> Runs:
+        """The positions that `rank` keeps: one run, or none."""
+        blocks = self.of_rank(rank)
+        return (Run(self.run(blocks[0]).start, self.run(blocks[-1]).stop),) if blocks else ()
+
+
+def make_blocks(
+    tokens: int, world: int, block_size: int | None = None, anchor_size: int | None = None
+) -> Blocks:
+    """Blocks of `block_size` (None: as many as ranks) behind `anchor_size` (None: as long).
+
+    ValueError begins with the name of the argument that is wrong.
+    """
+    for name, given, least in (("block_size", block_size, 1), ("anchor_size", anchor_size, 0)):
+        if given is not None and given < least:
+            raise ValueError(f"{name}={given}: must be at least {least}")
+    size = -(-tokens // world) if block_size is None else min(block_size, tokens)
+    count = -(-tokens // size)
+    if block_size is not None and count > MAX_BLOCKS:
+        raise ValueError(
+            f"block_size={block_size}: makes {count:,} blocks of {tokens:,} tokens; did you mean"
+            f" {block_size}K? at least {-(-tokens // MAX_BLOCKS)} is needed"
+        )
+    anchor = size if anchor_size is None else anchor_size
+    if anchor > size:
+        raise ValueError(
+            f"anchor_size={anchor}: is more than {_what(block_size, size, tokens)};"
+            f" allowed: from 0 (no anchor) to {size}"
+        )
+    return Blocks(tokens, size, anchor, world)
+
+
+def _what(block_size: int | None, size: int, tokens: int) -> str:
+    if size == tokens:
+        return f"the document's {tokens} tokens"
+    return f"block_size={size}" if block_size is not None else f"a block's {size} tokens"
+
+
+def token_size(value: int | str) -> int:
+    """Tokens from `4096`, `"4096"`, `"4K"` (4096) or `"1M"`; ValueError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = re.fullmatch(r"(\d+)([km]?)", str(value).strip().lower())
+    if not found:
+        raise ValueError(f"{value!r} is no number of tokens; write 4096 or 4K")
+    return int(found[1]) * _UNITS[found[2]]
