@@ -200,7 +200,7 @@ def _rules(config: Config) -> Iterator[Rule]:
         yield _one_of("strategy.layout", strategy.layout, LAYOUTS)
         yield _one_of("strategy.past_by", strategy.past_by, PAST_BY)
     if isinstance(strategy, StarConfig):
-        yield from star_rules(strategy)
+        yield from _star_rules(strategy)
     yield _one_of("transport", transport.name, TRANSPORTS)
     yield _count("transport.world_size", transport.world_size)
     in_range = 0 < transport.timeout_s <= MAX_TIMEOUT_S
@@ -217,17 +217,16 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield from _generation_rules(config.generation)
 
 
-def star_rules(star: StarConfig) -> Iterator[Rule]:
-    """What any Star setting must fulfil, whatever the document."""
-    block = tokens_of("strategy.block_size", star.block_size)
-    anchor = tokens_of("strategy.anchor_size", star.anchor_size)
-    whole = "allowed: an integer above 0, or as 4K"
-    yield "strategy.block_size", star.block_size, block is None or block > 0, whole
-    whole = "allowed: an integer from 0 (no anchor), or as 4K"
-    yield "strategy.anchor_size", star.anchor_size, anchor is None or anchor >= 0, whole
+def _star_rules(star: StarConfig) -> Iterator[Rule]:
+    """What holds whatever the document; `strategies.check_document` knows the rest."""
+    block, anchor = _tokens(star.block_size), _tokens(star.anchor_size)
+    allowed = "allowed: a number of tokens above 0, as 4096 or 4K"
+    yield "strategy.block_size", star.block_size, block is None or block > 0, allowed
+    allowed = "allowed: a number of tokens, as 4096 or 4K, or 0 for no anchor"
+    yield "strategy.anchor_size", star.anchor_size, anchor is None or anchor >= 0, allowed
     fits = block is None or anchor is None or anchor <= block
-    within = f"allowed: at most strategy.block_size={star.block_size}"
-    yield "strategy.anchor_size", star.anchor_size, fits, within
+    allowed = f"allowed: at most strategy.block_size={star.block_size}"
+    yield "strategy.anchor_size", star.anchor_size, fits, allowed
     yield _one_of("strategy.share_anchor", star.share_anchor, SHARES)
     yield _one_of("strategy.anchor_content", star.anchor_content, CONTENTS)
     yield _one_of("strategy.anchor_positions", star.anchor_positions, POSITIONS)
@@ -237,12 +236,12 @@ def star_rules(star: StarConfig) -> Iterator[Rule]:
     yield "strategy.anchor_token", token, of_use, allowed
 
 
-def tokens_of(key: str, size: int | str | None) -> int | None:
-    """A number of tokens from 4096, "4096" or "4K"; raises UserError."""
+def _tokens(size: int | str | None) -> int | None:
+    """A size in tokens; −1 for what is none."""
     try:
         return None if size is None else token_size(size)
-    except ValueError as error:
-        raise UserError(key, size, "allowed: a number of tokens, as 4096 or 4K") from error
+    except ValueError:
+        return -1
 
 
 def _generation_rules(generation: GenerationConfig) -> Iterator[Rule]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from localflash import DenseKV
 from ringattn import RingStrategy
-from ringstar.config import EncodeConfig, RingConfig, StarConfig, StrategyConfig, tokens_of
+from ringstar.config import EncodeConfig, RingConfig, StarConfig, StrategyConfig
 from ringstar.errors import UserError
 from seqpar import Attend, Runs, Transport, Work
 from starattn import Anchor, Blocks, StarStrategy, make_blocks
@@ -76,8 +76,8 @@ def make_strategy(
     if isinstance(config, StarConfig):
         return StarStrategy(
             transport,
-            block_size=tokens_of("strategy.block_size", config.block_size),
-            anchor_size=tokens_of("strategy.anchor_size", config.anchor_size),
+            block_size=config.block_size,
+            anchor_size=config.anchor_size,
             share=chosen_share(config)[0],  # type: ignore[arg-type]
             anchor=anchor_of(config),
             chunk_tokens=encode.chunk_tokens,
@@ -111,12 +111,8 @@ def chosen_share(config: StarConfig) -> tuple[str, str]:
 
 def star_blocks(config: StarConfig, tokens: int, world: int) -> Blocks:
     """The blocks of a document of `tokens`; raises UserError for sizes that do not fit it."""
-    sizes = (
-        tokens_of("strategy.block_size", config.block_size),
-        tokens_of("strategy.anchor_size", config.anchor_size),
-    )
     try:
-        return make_blocks(tokens, world, *sizes)
+        return make_blocks(tokens, world, config.block_size, config.anchor_size)
     except ValueError as error:
         key, _, rest = str(error).partition("=")
         value, _, why = rest.partition(": ")

@@ -3,7 +3,7 @@
 from seqpar.layout import Layout, LayoutKind, Run, Runs, positions, token_count
 from seqpar.local import Attend, accumulate_tiles
 from seqpar.schedule import Step, Tile, Work, pairs, ring_steps, tiles, travels, visible
-from seqpar.softmax import attend_sharded, merge_across_ranks
+from seqpar.softmax import attend_sharded, merge_across_ranks, query_attention
 from seqpar.threads import Link, ThreadTransport, ThreadWorld
 from seqpar.transport import Counters, Done, Event, Handle, Transport, TransportError
 
@@ -30,6 +30,7 @@ __all__ = [
     "merge_across_ranks",
     "pairs",
     "positions",
+    "query_attention",
     "ring_steps",
     "tiles",
     "token_count",

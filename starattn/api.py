@@ -10,7 +10,7 @@ from torch import Tensor
 import localflash
 from localflash import DenseKV
 from seqpar import Transport, token_count
-from starattn.blocks import make_blocks, token_size
+from starattn.blocks import make_blocks
 from starattn.encode import AnchorKV, encode_layer
 from starattn.plan import plan_passes
 
@@ -57,8 +57,7 @@ def star_attention(
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError("star_attention has no backward pass: call it under torch.no_grad()")
-    sizes = (None if size is None else token_size(size) for size in (block_size, anchor_size))
-    blocks = make_blocks(length, transport.world_size, *sizes)
+    blocks = make_blocks(length, transport.world_size, block_size, anchor_size)
     expected = token_count(blocks.owned(transport.rank))
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.shape[1] != expected:

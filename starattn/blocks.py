@@ -49,15 +49,17 @@ class Blocks:
 
 
 def make_blocks(
-    tokens: int, world: int, block_size: int | None = None, anchor_size: int | None = None
+    tokens: int,
+    world: int,
+    block_size: int | str | None = None,
+    anchor_size: int | str | None = None,
 ) -> Blocks:
     """Blocks of `block_size` (None: as many as ranks) behind `anchor_size` (None: as long).
 
-    ValueError begins with the name of the argument that is wrong.
+    ValueError begins with the name of the argument that is wrong, and its value.
     """
-    for name, given, least in (("block_size", block_size, 1), ("anchor_size", anchor_size, 0)):
-        if given is not None and given < least:
-            raise ValueError(f"{name}={given}: must be at least {least}")
+    block_size = _size("block_size", block_size, least=1)
+    anchor_size = _size("anchor_size", anchor_size, least=0)
     size = -(-tokens // world) if block_size is None else min(block_size, tokens)
     count = -(-tokens // size)
     if block_size is not None and count > MAX_BLOCKS:
@@ -74,6 +76,18 @@ def make_blocks(
     return Blocks(tokens, size, anchor, world)
 
 
+def _size(name: str, value: int | str | None, *, least: int) -> int | None:
+    if value is None:
+        return None
+    try:
+        tokens = token_size(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value}: {error}") from error
+    if tokens < least:
+        raise ValueError(f"{name}={value}: must be at least {least}")
+    return tokens
+
+
 def _what(block_size: int | None, size: int, tokens: int) -> str:
     if size == tokens:
         return f"the document's {tokens} tokens"
@@ -86,5 +100,5 @@ def token_size(value: int | str) -> int:
         return value
     found = re.fullmatch(r"(\d+)([km]?)", str(value).strip().lower())
     if not found:
-        raise ValueError(f"{value!r} is no number of tokens; write 4096 or 4K")
+        raise ValueError("a number of tokens is needed, as 4096 or 4K")
     return int(found[1]) * _UNITS[found[2]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from localflash import Band
@@ -108,9 +109,8 @@ def plan_passes(
         and blocks.anchor > 0
         and any(blocks.of_rank(other) for other in range(1, blocks.world))
     )
-    chunk = max(chunk_tokens, blocks.anchor) if shares and rank == 0 else chunk_tokens
     lanes = _lanes(blocks, rank, share, anchor_is_head, shares)
-    passes = [step for lane in lanes for step in _cut(lane, chunk, blocks.anchor, shares)]
+    passes = [step for lane in lanes for step in _cut(lane, chunk_tokens, blocks.anchor, shares)]
     if shares and not passes:  # nothing to compute, but a part in the broadcast
         idle = Lane(0, 0, received=True, kept=(), stretches=())
         return (Pass(idle, 0, 0, True, False, _NOTHING, (), (), ()),)
@@ -155,11 +155,12 @@ def _stretches(blocks: Blocks, own: range, dropped: int) -> list[Stretch]:
 
 
 def _cut(lane: Lane, chunk_tokens: int, anchor: int, shares: bool) -> Iterator[Pass]:
-    for start in range(lane.start, lane.stop, chunk_tokens):
-        stop = min(start + chunk_tokens, lane.stop)
-        shared = shares and start == lane.start
-        several = (start, stop) != (lane.start, lane.stop)
-        if shared and not lane.received:
+    makes = shares and not lane.received
+    first = lane.start + (max(chunk_tokens, anchor) if makes else chunk_tokens)
+    edges = [lane.start, *range(first, lane.stop, chunk_tokens), lane.stop]
+    for start, stop in pairwise(edges):
+        shared, several = shares and start == lane.start, len(edges) > 2
+        if shared and makes:
             made = Run(0, anchor)
         else:
             made = Run(start, min(stop, lane.dropped)) if several else _NOTHING
