@@ -305,7 +305,7 @@ def check_fits(
     """Raise UserError for token counts that this model, strategy or ranks cannot take."""
     check(config)
     check_strategy(config, world_size)
-    check_document(config.strategy, context, world_size)
+    check_document(config.strategy, context, world_size, files.vocab_size)
     _check_windows(config.strategy, files, context + query + new)
     total, limit = context + query + new, files.max_positions
     if total > limit and not config.model.allow_beyond_limit:

@@ -119,10 +119,15 @@ def star_blocks(config: StarConfig, tokens: int, world: int) -> Blocks:
         raise UserError(f"strategy.{key}", value, why) from error
 
 
-def check_document(config: StrategyConfig, tokens: int, world: int) -> None:
+def check_document(config: StrategyConfig, tokens: int, world: int, vocab_size: int) -> None:
     """Raise UserError for a strategy that cannot encode a document of `tokens`."""
     if isinstance(config, StarConfig):
         star_blocks(config, tokens, world)
+        chosen_share(config)
+        token = config.anchor_token
+        if token is not None and token >= vocab_size:
+            allowed = f"token ids must be from 0 to {vocab_size - 1}"
+            raise UserError("strategy.anchor_token", token, allowed)
 
 
 def describe(config: StrategyConfig, tokens: int, world: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import socket
 import time
@@ -55,9 +56,8 @@ def run_processes(
         while len(collected) < world_size:
             silent = [rank for rank in range(world_size) if rank not in collected]
             try:
-                rank, value, error = results.get(
-                    timeout=5
-                )  # time for the others to say what they saw
+                # time for the others to say what they saw
+                rank, pickled, error = results.get(timeout=5)
             except queue.Empty:
                 dead = [rank for rank in silent if ranks[rank].exitcode is not None]
                 if dead and results.empty():
@@ -68,7 +68,7 @@ def run_processes(
                 continue
             if error:
                 raise RuntimeError(f"rank {rank} failed:\n{error}")
-            collected[rank] = value
+            collected[rank] = pickle.loads(pickled)
     finally:
         for process in ranks:
             process.join(10 if len(collected) == world_size else 0.1)
@@ -106,7 +106,8 @@ def _rank_main(
         cpu = torch.device("cpu")
         transport = connect("gloo", cpu, timeout_s=timeout_s, threads_per_rank=threads_per_rank)
         (value,) = ProcessWorld(transport).run(lambda t: rank_fn(t, *args))
-        results.put((rank, value, None))
+        # as bytes: the queue would send a tensor's memory, which is gone with this process
+        results.put((rank, pickle.dumps(value), None))
         transport.barrier()
         transport.close()
     except BaseException:

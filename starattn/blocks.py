@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from seqpar import Run, Runs
 
-# more blocks than this, and the size was surely meant in thousands
-MAX_BLOCKS = 1023
+# that small and that many, and the size was surely meant in thousands
+SMALL_BLOCK, MANY_BLOCKS = 64, 256
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
@@ -62,10 +62,10 @@ def make_blocks(
     anchor_size = _size("anchor_size", anchor_size, least=0)
     size = -(-tokens // world) if block_size is None else min(block_size, tokens)
     count = -(-tokens // size)
-    if block_size is not None and count > MAX_BLOCKS:
+    if size < SMALL_BLOCK and count > MANY_BLOCKS:
         raise ValueError(
-            f"block_size={block_size}: makes {count:,} blocks of {tokens:,} tokens; did you mean"
-            f" {block_size}K? at least {-(-tokens // MAX_BLOCKS)} is needed"
+            f"block_size={size}: makes {count:,} blocks of {tokens:,} tokens; did you mean"
+            f" {size}K? at least {min(SMALL_BLOCK, -(-tokens // MANY_BLOCKS))} is needed"
         )
     anchor = size if anchor_size is None else anchor_size
     if anchor > size:

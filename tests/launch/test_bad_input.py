@@ -21,6 +21,7 @@ import launch.options
 from launch.generate import main
 from launch.options import compose_config
 from ringstar.models import ModelFiles
+from tests.support.models import tiny_folder
 
 QUESTION = "question=Who?"
 
@@ -322,7 +323,7 @@ def test_damaged_weights(refused, model_copy, damage, start):
         ("strategy.layuot=zigzag", ["strategy.layuot=zigzag", "did you mean strategy.layout?"]),
         ("transprt.timeout_s=3", ["did you mean transport.timeout_s?"]),
         ("stratgy=ring", ["did you mean strategy?"]),
-        ("strategy=rign", ["strategy=rign", "did you mean ring?", "dense, ring"]),
+        ("strategy=rign", ["strategy=rign", "did you mean ring?", "dense, ring, star"]),
         ("transport=glooo", ["did you mean gloo?", "auto, gloo, nccl, threads"]),
         ("kernel=tritn", ["kernel=tritn", "allowed: auto"]),
         ("model=smollm", ["did you mean smollm2?"]),
@@ -448,6 +449,73 @@ def test_dense_is_for_one_rank(refused, monkeypatch, chat):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     says(refused(*ask(chat), "strategy=dense"), "strategy=dense", "one rank, not 4")
+
+
+STAR_SIZES = [
+    ("strategy.block_size=0", "allowed: a number of tokens above 0, as 4096 or 4K"),
+    ("strategy.block_size=-5", "allowed: a number of tokens above 0"),
+    ("strategy.block_size=4KB", "allowed: a number of tokens above 0"),
+    ("strategy.block_size=1.5", "incompatible"),
+    ("strategy.block_size=true", "incompatible"),
+    ("strategy.anchor_size=-1", "or 0 for no anchor"),
+    ("strategy.anchor_size=many", "or 0 for no anchor"),
+    ("strategy.anchor_size=60", "is more than a block's 25 tokens"),
+    ("strategy.share_anchor=all", "allowed: auto, world, rank, none"),
+    ("strategy.anchor_content=last", "first, previous, shuffled, random, constant"),
+    ("strategy.anchor_positions=next", "allowed: own, previous, random"),
+    ("strategy.anchor_token=5", "with strategy.anchor_content=constant"),
+    ("strategy.anchor_seed=x", "strategy.anchor_seed"),
+]
+
+
+@pytest.mark.parametrize(("argument", "why"), STAR_SIZES)
+def test_star_settings_that_are_none(refused, bare, ids_file, argument, why):
+    given = (f"model.path={bare}", f"document.ids_path={ids_file([5] * 97)}")
+    line = refused(*given, "strategy=star", "launch.nproc=4", argument)
+    says(line, argument.partition("=")[0], why)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["strategy.block_size=10", "strategy.anchor_size=11"],
+            ["strategy.anchor_size=11", "at most strategy.block_size=10"],
+        ),
+        (
+            ["strategy.block_size=1K", "strategy.anchor_size=98"],
+            ["strategy.anchor_size=98", "is more than the document's 97 tokens"],
+        ),
+        (
+            ["strategy.share_anchor=world", "strategy.anchor_content=previous"],
+            ["strategy.share_anchor=world", "gives each block its own", "allowed: none, auto"],
+        ),
+        (
+            ["strategy.share_anchor=rank", "strategy.anchor_positions=random"],
+            ["strategy.share_anchor=rank", "anchor_positions=random"],
+        ),
+        (
+            ["strategy.anchor_content=constant", "strategy.anchor_token=97"],
+            ["strategy.anchor_token=97", "must be from 0 to 96"],
+        ),
+    ],
+)
+def test_star_settings_that_do_not_fit_together(refused, bare, ids_file, arguments, parts):
+    given = (f"model.path={bare}", f"document.ids_path={ids_file([5] * 97)}")
+    says(refused(*given, "strategy=star", *arguments), *parts)
+
+
+def test_star_blocks_that_were_meant_in_thousands(refused, bare, ids_file):
+    given = (f"model.path={bare}", f"document.ids_path={ids_file([5] * 8000)}")
+    line = refused(*given, "strategy=star", "strategy.block_size=4")
+    says(line, "strategy.block_size=4", "2,000 blocks of 8,000 tokens", "did you mean 4K?")
+
+
+def test_star_with_sliding_windows(refused, ids_file):
+    folder = tiny_folder("mistral", sliding_window=100)
+    given = (f"model.path={folder}", "strategy=star", "generation.max_new_tokens=1")
+    line = refused(*given, f"document.ids_path={ids_file([5] * 97)}")  # and 3 of the question
+    says(line, "strategy=star", "sliding window of 100", "101 positions", "strategy=ring")
 
 
 def test_simulated_ranks_are_not_started(refused, chat):
