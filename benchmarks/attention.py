@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import cpu_seconds, over_ranks
+from benchmarks.measure import MEDIANS, cpu_seconds, over_ranks
 from ringattn import KVBuffers, ring_attention
 from seqpar import Layout, Transport, positions
 from seqpar.spawn import run_processes
@@ -71,7 +71,7 @@ def run() -> dict[str, Any]:
     other = over_ranks(run_processes(WORLD, peer))
     return {
         "what": f"causal attention, {TOKENS} tokens, {HEADS} query and {KV_HEADS} KV heads of"
-        f" {DIM}, float32, {WORLD} gloo ranks of one thread",
+        f" {DIM}, float32, {WORLD} gloo ranks of one thread; {MEDIANS}",
         "one process, flash": alone,
         "ringattn": ring,
         "ring-attention-pytorch": other,

@@ -15,22 +15,27 @@ from pathlib import Path
 from typing import Any
 
 WARM_UPS, REPEATS = 2, 5
+MEDIANS = f"medians of {REPEATS} after {WARM_UPS} warm-ups"
 _PACKAGES = ("torch", "transformers", "ring-attention-pytorch", "ringstar")
 
 
 def cpu_seconds(
-    work: Callable[[], Any], before: Callable[[], Any] = lambda: None
+    work: Callable[[], Any],
+    before: Callable[[], Any] = lambda: None,
+    *,
+    warm_ups: int = WARM_UPS,
+    repeats: int = REPEATS,
 ) -> dict[str, list[float]]:
-    """CPU and wall seconds of `work` in this process, `REPEATS` times after `WARM_UPS`.
+    """CPU and wall seconds of `work` in this process, `repeats` times after `warm_ups`.
 
     `before` runs untimed each time: a barrier, so that ranks start together.
     """
     cpu, wall = [], []
-    for repeat in range(WARM_UPS + REPEATS):
+    for repeat in range(warm_ups + repeats):
         before()
         cpu_started, wall_started = time.process_time(), time.perf_counter()
         work()
-        if repeat >= WARM_UPS:
+        if repeat >= warm_ups:
             cpu.append(time.process_time() - cpu_started)
             wall.append(time.perf_counter() - wall_started)
     return {"cpu": cpu, "wall": wall}
@@ -52,7 +57,6 @@ def circumstances() -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
         "hardware": f"{os.cpu_count()} cores of {_processor()}",
-        "repeats": f"medians of {REPEATS} after {WARM_UPS} warm-ups",
     }
 
 

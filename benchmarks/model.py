@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import REPEATS, WARM_UPS, cpu_seconds, over_ranks
+from benchmarks.measure import MEDIANS, REPEATS, WARM_UPS, cpu_seconds, over_ranks
 from ringstar import LongContext
 from ringstar.config import Config, GenerationConfig, ModelConfig
 from ringstar.models import find_model
@@ -16,7 +16,7 @@ from seqpar import Transport
 from seqpar.process import ProcessWorld
 from seqpar.spawn import run_processes
 
-_PRELOAD = ("torch", "seqpar", "ringstar", "transformers.models.llama")
+PRELOAD = ("torch", "seqpar", "ringstar", "transformers.models.llama")
 
 
 def some_ids(tokens: int) -> list[int]:
@@ -24,19 +24,19 @@ def some_ids(tokens: int) -> list[int]:
     return torch.randint(3, 49152, (tokens,), generator=generator).tolist()
 
 
-def _runtime(transport: Transport, folder: str, dtype: str) -> LongContext:
+def rank_runtime(transport: Transport, folder: str, dtype: str) -> LongContext:
     config = Config(model=ModelConfig(path=folder, dtype=dtype))
     return LongContext.from_config(config, ProcessWorld(transport))
 
 
 def encode_rank(transport: Transport, folder: str, dtype: str, tokens: int) -> Any:
-    runtime, ids = _runtime(transport, folder, dtype), some_ids(tokens)
+    runtime, ids = rank_runtime(transport, folder, dtype), some_ids(tokens)
     return cpu_seconds(lambda: runtime.encode(ids), transport.barrier)
 
 
 def decode_rank(transport: Transport, folder: str, dtype: str, tokens: int, new_tokens: int) -> Any:
     """CPU and wall seconds of each generated token after the first few."""
-    runtime = _runtime(transport, folder, dtype)
+    runtime = rank_runtime(transport, folder, dtype)
     (shard,) = runtime.encode(some_ids(tokens)).shards
     settings = GenerationConfig(max_new_tokens=(WARM_UPS + REPEATS) * new_tokens + 1)
     steps = runtime._engines[transport.rank].generate(shard, some_ids(8), settings)
@@ -55,11 +55,11 @@ def encode(folder: str, dtype: str, tokens: int, worlds: tuple[int, ...]) -> dic
     plain = OneDevice(*_plain(folder, dtype))
     alone = over_ranks([cpu_seconds(lambda: plain.encode(some_ids(tokens)))])
     result: dict[str, Any] = {
-        "what": f"SmolLM2-135M encode of {tokens} tokens, {dtype}, one thread per rank",
+        "what": f"SmolLM2-135M encode of {tokens} tokens, {dtype}, one thread per rank; {MEDIANS}",
         "Hugging Face sdpa, one process": alone,
     }
     for world in worlds:
-        ranks = run_processes(world, encode_rank, folder, dtype, tokens, preload=_PRELOAD)
+        ranks = run_processes(world, encode_rank, folder, dtype, tokens, preload=PRELOAD)
         result[f"ring, {world} ranks"] = over_ranks(ranks)
         result[f"{world} ranks / one process"] = (
             result[f"ring, {world} ranks"]["cpu_s"] / alone["cpu_s"]
@@ -78,12 +78,12 @@ def decode(folder: str, dtype: str, tokens: int, worlds: tuple[int, ...]) -> dic
         times = cpu_seconds(lambda: [plain._forward([5]) for _ in range(new_tokens)])
     alone = {name: statistics.median(values) / new_tokens for name, values in times.items()}
     result: dict[str, Any] = {
-        "what": f"SmolLM2-135M, seconds per decoded token after {tokens}, {dtype}",
+        "what": f"SmolLM2-135M, seconds per decoded token after {tokens}, {dtype}; {MEDIANS}",
         "Hugging Face sdpa, one process": alone,
     }
     for world in worlds:
         ranks = run_processes(
-            world, decode_rank, folder, dtype, tokens, new_tokens, preload=_PRELOAD
+            world, decode_rank, folder, dtype, tokens, new_tokens, preload=PRELOAD
         )
         busiest = {
             name: max(statistics.median(rank[name]) for rank in ranks) / new_tokens

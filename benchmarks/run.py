@@ -1,9 +1,10 @@
 """CPU benchmarks, as ratios in one run.
 
-    python -m benchmarks.run [attention] [encode] [decode]
+    python -m benchmarks.run [attention] [encode] [decode] [star]
 
-Prints a table and writes `benchmarks/results/DATE-cpu.json` and `.md`; takes about 15 minutes
-on two cores for all three.  Leave the machine alone meanwhile.
+Prints a table and writes `benchmarks/results/DATE-cpu.json` and `.md`, with the names behind
+`cpu` if some are given.  Takes about 25 minutes on two cores for all.  Leave the machine alone
+meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, model
+from benchmarks import attention, model, star
 from benchmarks.measure import circumstances
 from ringstar.config import ModelConfig
 from ringstar.models import find_model, quiet_transformers
@@ -30,12 +31,13 @@ def main(names: list[str]) -> None:
         "attention": attention.run,
         "decode": lambda: model.decode(folder, "float32", TOKENS, (2, 4)),
         "encode": lambda: model.encode(folder, "float32", TOKENS, (2, 4)),
+        "star": lambda: star.run(folder),
     }
     results: dict[str, Any] = {"circumstances": circumstances()}
     for name in names or list(parts):
         results[name] = parts[name]()
         print(table({name: results[name]}), flush=True)
-    path = RESULTS / f"{results['circumstances']['date']}-cpu"
+    path = RESULTS / "-".join([results["circumstances"]["date"], "cpu", *names])
     RESULTS.mkdir(exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(document(results))
@@ -48,7 +50,7 @@ def document(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return (
         f"# CPU benchmarks, {where['date']}\n\n`{where['command']}` at {where['commit']} on"
-        f" {where['hardware']}; {versions}; {where['repeats']}.\n\n"
+        f" {where['hardware']}; {versions}.\n\n"
         + table({name: part for name, part in results.items() if name != "circumstances"})
     )
 
