@@ -7,7 +7,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -48,10 +47,10 @@ def over_ranks(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
     return {"cpu_s": statistics.median(total), "wall_s": statistics.median(slowest)}
 
 
-def circumstances() -> dict[str, Any]:
+def circumstances(command: str) -> dict[str, Any]:
     """Command, versions, hardware, commit and date."""
     return {
-        "command": " ".join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}

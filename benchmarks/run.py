@@ -33,7 +33,8 @@ def main(names: list[str]) -> None:
         "encode": lambda: model.encode(folder, "float32", TOKENS, (2, 4)),
         "star": lambda: star.run(folder),
     }
-    results: dict[str, Any] = {"circumstances": circumstances()}
+    command = " ".join(["python", "-m", "benchmarks.run", *names])
+    results: dict[str, Any] = {"circumstances": circumstances(command)}
     for name in names or list(parts):
         results[name] = parts[name]()
         print(table({name: results[name]}), flush=True)

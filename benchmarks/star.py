@@ -17,7 +17,7 @@ SHARES = ("world", "rank", "none")
 
 def run(folder: str) -> dict[str, Any]:
     """CPU seconds of all ranks together, and ratios to the paper's procedure and to the ring."""
-    ranks = run_processes(WORLD, encode_rank, folder, preload=PRELOAD)
+    ranks = run_processes(WORLD, encode_rank, folder, preload=PRELOAD, timeout_s=7200)
     times = {name: over_ranks([rank[name] for rank in ranks]) for name in ranks[0]}
     result: dict[str, Any] = {
         "what": f"SmolLM2-135M encode of {TOKENS} tokens, float32, {WORLD} ranks of one thread;"
