@@ -108,6 +108,16 @@ def document(found: dict[Cell, dict[str, dict[str, Any]]], where: dict[str, Any]
 
 
 _HOW = """A document is one noise line again and again, with a fact for each key, at depths that are
+spread evenly over it: "One of the special magic numbers for KEY is: NUMBER." The model is asked for
+one number, and its answer is made to begin with all but the number. Found means that the seven
+digits are in the greedy answer. Every method got the same documents. Star has four blocks, and
+anchors as long as a block; "exact" is dense attention. Intervals are Wilson's; p is McNemar's exact
+test, two-sided, against exact on the same questions."""
+
+_PUBLISHED_NOTE]) + "\n"
+
+
+_HOW = """A document is one noise line again and again, with a fact for each key, at depths that are
 spread evenly over it: "One of the special magic numbers for KEY is: NUMBER." The model is asked for one number,
 and its answer is made to begin with all but the number. Found means that the seven digits are in the
 greedy answer. Every method got the same documents. Star has four blocks, and anchors as long as a

@@ -12,26 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from localflash import Band
-from seqpar import Layout, LayoutKind, Tile, positions, ring_steps
+from seqpar import Layout, LayoutKind, pairs, positions, ring_steps
 
 KINDS: tuple[LayoutKind, ...] = ("contiguous", "striped", "zigzag")
 WORLD, TOKENS = 4, 32
 # Okabe and Ito's colours, told apart without red and green; each with a text colour that it bears
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 TEXT = ("white", "black", "black", "black")
-
-
-def pairs(tile: Tile) -> int:
-    """Query-key pairs that one kernel call computes."""
-    rows, keys = tile.q.stop - tile.q.start, tile.k.stop - tile.k.start
-    if tile.band is None:
-        return rows * keys
-    return sum(_sees(tile.band, i, j) for i in range(rows) for j in range(keys))
-
-
-def _sees(band: Band, row: int, column: int) -> bool:
-    return band.k_start + column * band.k_step <= band.q_start + row * band.q_step
 
 
 def work(kind: LayoutKind) -> list[list[int]]:

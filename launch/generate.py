@@ -40,6 +40,7 @@ from ringstar.errors import UserError
 from ringstar.models import ModelFiles, find_model, quiet_transformers
 from ringstar.ranks import check_gpus, check_ranks, check_strategy, make_ranks, under_torchrun
 from ringstar.runtime import Document, LongContext, choose_kernel
+from ringstar.strategies import blocks_of
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -91,9 +92,9 @@ def run_rank(config: Config, phases: Any) -> None:
         logging.getLogger("ringstar").info(f"prompt split by {files.prompt.source}")
     with encode_bar(len(request.context_ids), shown=runtime.rank == 0) as on_progress:
         document = runtime.encode(request.context_ids, on_progress)
-    answer = runtime.ask(document, request.query_ids, on_text=_print_piece)
+    answer = runtime.ask(document, request.query_ids, on_text=print_piece)
     if runtime.rank == 0:
-        _print_piece("\n" if files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
+        print_piece("\n" if files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
         result = result_of(runtime, document, answer)
         _print_summary(result)
         write_results(config, result, answer.first_logits)
@@ -102,7 +103,8 @@ def run_rank(config: Config, phases: Any) -> None:
 
 def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[str, Any]:
     """The result JSON; `docs/results.md` describes each field."""
-    strategy = runtime.config.strategy
+    strategy = document.strategy
+    blocks = blocks_of(strategy, document.tokens, runtime.world_size)
     ttft_s = document.encode_s + answer.ttft_s
     latency_s = document.encode_s + answer.latency_s
     return {
@@ -114,6 +116,8 @@ def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[
         "finish_reason": answer.finish_reason,
         "strategy": strategy.name,
         "layout": getattr(strategy, "layout", None),
+        "block_size": blocks.size if blocks else None,
+        "anchor_size": blocks.anchor if blocks else None,
         "world_size": runtime.world_size,
         "transport": runtime.transport,
         "kernel": runtime.kernel,
@@ -157,7 +161,8 @@ def check_launch(config: Config) -> None:
         check_gpus(nproc)
 
 
-def _print_piece(piece: str) -> None:
+def print_piece(piece: str) -> None:
+    """Print at once; a pipe that nobody reads any more ends no run."""
     try:
         print(piece, end="", flush=True)
     except BrokenPipeError:  # nobody reads any more; the result is still made and written

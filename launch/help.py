@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.options import GROUPS, every_option, group_options
+from launch.options import COMPARE, GENERATE, Command, every_option, group_options
 
 _MEANING = {
     "strategy": "how the document is encoded: ring (exact), star (approximate), dense (one rank)",
@@ -45,21 +45,36 @@ _MEANING = {
     "launch.nproc": "start this many ranks on this machine",
     "launch.traceback": "show where a fault happened",
     "experiment": "a preset of several options",
+    "compare.star": 'a setting, as "block_size=1K anchor_size=256"; may be given several times',
+    "compare.probes": "passages of the document that are quoted; 0: none",
+    "compare.probe_tokens": "tokens of each passage",
+    "compare.needles": "facts planted in a copy of the document; unset: 5, if it can be; 0: none",
+    "compare.needle_trials": "how often, with other facts; each is an encode more for each setting",
+    "compare.picture": "PNG; unset: beside output.path if that is given",
+}
+_MEANING_OF = {
+    COMPARE.root: {
+        "question": "taken literally; may be given several times",
+        "question_path": "a text file with one more question",
+        "generation.max_new_tokens": "the longest answer, also about a planted fact",
+        "output.path": "JSON of everything; the resolved config and the picture go beside it",
+    }
 }
 _INTERNAL = {"launch.report"}
 
 
-def help_text(introduction: str) -> str:
+def help_text(introduction: str, command: Command = GENERATE) -> str:
     """The introduction and a line for each option, in the order of the config."""
     lines = [introduction.strip(), "", "options, written KEY=VALUE (default in brackets):", ""]
-    lines += [f"  {key:28}{meaning}{default}" for key, meaning, default in _rows()]
+    lines += [f"  {key:28}{meaning}{default}" for key, meaning, default in _rows(command)]
     lines += ["", "exit status: 0 done, 2 wrong input or option, 1 a fault of the run"]
     return "\n".join(lines)
 
 
-def _rows() -> Iterator[tuple[str, str, str]]:
-    for group in GROUPS:
-        yield group, f"{_MEANING[group]}: {'|'.join(group_options(group))}", ""
-    for key, default in every_option().items():
+def _rows(command: Command) -> Iterator[tuple[str, str, str]]:
+    meaning = _MEANING | _MEANING_OF.get(command.root, {})
+    for group in command.groups:
+        yield group, f"{meaning[group]}: {'|'.join(group_options(group))}", ""
+    for key, default in every_option(command).items():
         if key not in _INTERNAL:
-            yield key, _MEANING[key], "" if default in (None, []) else f" [{default}]"
+            yield key, meaning[key], "" if default in (None, []) else f" [{default}]"

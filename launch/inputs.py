@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ringstar.config import Config
+from ringstar.config import Config, DocumentConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
@@ -30,8 +30,8 @@ class Request:
 
 def read_request(config: Config, files: ModelFiles) -> Request:
     """Everything the run needs to know of its input; raises UserError."""
-    _check_one_reader(config)
-    document, own_query = _document(config)
+    check_one_reader(config)
+    document, own_query = read_document(config.document)
     question = _question(config, own_query is not None)
     context = files.context_ids(document) if isinstance(document, str) else list(document)
     query = files.query_ids(question) if question is not None else list(own_query or ())
@@ -66,7 +66,7 @@ def standard_input_kept(config: Config) -> Iterator[tuple[Config, dict[str, str]
 
     Yields the config that names that file, and the options that say the same.
     """
-    _check_one_reader(config)
+    check_one_reader(config)
     piped = {key: path for key, path in _text_paths(config).items() if _is_stream(path)}
     if not piped:
         yield config, {}
@@ -80,11 +80,10 @@ def standard_input_kept(config: Config) -> Iterator[tuple[Config, dict[str, str]
         yield replace(config, document=document, question_path=question_path), copies
 
 
-def _document(config: Config) -> tuple[str | list[int], list[int] | None]:
+def read_document(document: DocumentConfig) -> tuple[str | list[int], list[int] | None]:
+    """The document, as text or as ids; and the question's ids, if a file holds both."""
     given = {
-        f"document.{name}": value
-        for name, value in vars(config.document).items()
-        if value is not None
+        f"document.{name}": value for name, value in vars(document).items() if value is not None
     }
     if len(given) != 1:
         raise UserError(
@@ -98,7 +97,7 @@ def _document(config: Config) -> tuple[str | list[int], list[int] | None]:
         return _ids_file(key, value)
     if key == "document.path":
         return read_text(key, value), None
-    return _text(key, value), None
+    return given_text(key, value), None
 
 
 def _question(config: Config, has_query_ids: bool) -> str | None:
@@ -116,11 +115,11 @@ def _question(config: Config, has_query_ids: bool) -> str | None:
         )
     if config.question_path is not None:
         return read_text("question_path", config.question_path).strip("\r\n")
-    return _text("question", config.question or "")
+    return given_text("question", config.question or "")
 
 
-def _text(key: str, value: str) -> str:
-    """Text that was given on the command line."""
+def given_text(key: str, value: str) -> str:
+    """Text that was given on the command line; raises UserError."""
     if not value.strip():
         raise UserError(key, value, "is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in value):  # undecodable bytes become these
@@ -151,7 +150,8 @@ def _text_paths(config: Config) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path is not None}
 
 
-def _check_one_reader(config: Config) -> None:
+def check_one_reader(config: Config) -> None:
+    """Raise UserError if two options would read standard input."""
     if list(_text_paths(config).values()).count(STDIN) > 1:
         raise UserError("question_path", STDIN, "standard input is the document already")
 

@@ -7,7 +7,7 @@ Free text never meets Hydra's grammar: `question=What's "it", then?` means what 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,8 +24,44 @@ from ringstar.errors import UserError
 
 CONFIG_DIR = Path(str(files("configs")))
 GROUPS = ("strategy", "transport", "kernel", "model", "experiment")
-_TEXT_KEYS = {"question", "document.text", "generation.stop", "model.cache_dir", "launch.report"}
-_REPEATABLE = {"generation.stop"}
+_TEXT_KEYS = {
+    *("question", "document.text", "generation.stop", "model.cache_dir", "launch.report"),
+    *("compare.star", "compare.picture"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """The options of one command.
+
+    `root` is its file in `configs/`, `groups` what may be chosen, `repeatable` texts that may be
+    given several times; `fixed` are keys or whole sections that it sets itself, and why.
+    """
+
+    root: str
+    groups: tuple[str, ...]
+    repeatable: frozenset[str]
+    fixed: Mapping[str, str]
+
+    def why_fixed(self, key: str) -> str | None:
+        return self.fixed.get(key) or self.fixed.get(key.partition(".")[0])
+
+
+GENERATE = Command("config", GROUPS, frozenset({"generation.stop"}), {})
+_GREEDY = "answers that are compared are greedy; drop it"
+COMPARE = Command(
+    "compare",
+    GROUPS[1:],
+    frozenset({"generation.stop", "question", "compare.star"}),
+    {
+        "strategy": "the exact side is ring, or dense on one rank; settings of star are written"
+        ' compare.star="block_size=1K anchor_size=256"',
+        "generation.temperature": _GREEDY,
+        "generation.top_p": _GREEDY,
+        "generation.seed": _GREEDY,
+        "output.first_logits": "logits are compared, not written; drop it",
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +76,34 @@ class _Given:
     def is_text(self) -> bool:
         return self.key in _TEXT_KEYS or self.key.endswith(("_path", ".path", ".first_logits"))
 
-    @property
-    def is_group(self) -> bool:
-        return self.key in GROUPS
-
 
 def parse(arguments: Sequence[str]) -> schema.Config:
-    """Compose and check the config for these arguments; raises UserError."""
+    """Compose and check the config of `launch.generate`; raises UserError."""
+    return _parse(arguments, GENERATE)
+
+
+def parse_comparison(arguments: Sequence[str]) -> schema.ComparisonConfig:
+    """Compose and check the config of `launch.compare`; raises UserError."""
+    config = _parse(arguments, COMPARE)
+    assert isinstance(config, schema.ComparisonConfig)
+    return config
+
+
+def _parse(arguments: Sequence[str], command: Command) -> schema.Config:
     given = [_take_apart(argument) for argument in arguments]
-    _check_once(given)
+    _check_allowed(given, command)
     texts = [item for item in given if item.is_text]
-    groups = [item for item in given if item.is_group]
+    groups = [item for item in given if item.key in command.groups]
     for item in groups:
         _check_group(item)
-    base = _compose([item.text for item in groups])
+    base = _compose([item.text for item in groups], command)
     known = set(option_keys(base))
     for item in given:
-        if not item.is_group and item.key not in known:
-            raise UserError(item.key, item.value, _unknown(item.key, known, base))
-    config = _typed(_compose([item.text for item in given if not item.is_text]))
+        if item.key not in known and item.key not in command.groups:
+            raise UserError(item.key, item.value, _unknown(item.key, known, base, command))
+    config = _typed(_compose([item.text for item in given if not item.is_text], command))
     assert isinstance(config, schema.Config)
-    _set_texts(config, texts)
+    _set_texts(config, texts, command)
     schema.check(config)
     return config
 
@@ -80,29 +123,32 @@ def option_keys(config: DictConfig) -> Iterator[str]:
             yield key
 
 
-def every_option() -> dict[str, object]:
-    """Each option of any choice of strategy, with its default."""
+def every_option(command: Command = GENERATE) -> dict[str, object]:
+    """Each option of a command, of any choice of strategy, with its default."""
     found: dict[str, object] = {}
-    for name in group_options("strategy"):
-        config = compose_config([f"strategy={name}"])
+    names = group_options("strategy") if "strategy" in command.groups else []
+    for overrides in [[f"strategy={name}"] for name in names] or [[]]:
+        config = compose_config(overrides, command.root)
         for key in option_keys(config):
-            found[key] = OmegaConf.select(config, key)
+            if not command.why_fixed(key):
+                found[key] = OmegaConf.select(config, key)
     return dict(
         sorted(found.items(), key=lambda item: item[0].startswith("strategy."), reverse=True)
     )
 
 
-def compose_config(overrides: Sequence[str]) -> DictConfig:
+def compose_config(overrides: Sequence[str], root: str = GENERATE.root) -> DictConfig:
     """Hydra's own composition of `configs/`."""
     _register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        return compose(root, overrides=list(overrides))
 
 
 def _register_schemas() -> None:
     store = ConfigStore.instance()
     # the strategy is chosen by its group alone: a default would fix its type
     store.store(group="schema", name="config", node=schema.Config(strategy=MISSING))
+    store.store(group="schema", name="compare", node=schema.ComparisonConfig)
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)
     store.store(group="schema/strategy", name="star", node=schema.StarConfig)
@@ -120,10 +166,12 @@ def _take_apart(argument: str) -> _Given:
     return _Given(argument, key, value)
 
 
-def _check_once(given: Sequence[_Given]) -> None:
+def _check_allowed(given: Sequence[_Given], command: Command) -> None:
     seen: set[str] = set()
     for item in given:
-        if item.key in seen - _REPEATABLE:
+        if why := command.why_fixed(item.key):
+            raise UserError(item.key, item.value, why)
+        if item.key in seen - command.repeatable:
             raise UserError(item.key, item.value, "is given twice; once is allowed")
         seen.add(item.key)
 
@@ -135,11 +183,11 @@ def _check_group(item: _Given) -> None:
         raise UserError(item.key, item.value, f"{hint}allowed: {', '.join(options)}")
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def _compose(overrides: Sequence[str], command: Command) -> DictConfig:
     for override in overrides:
         _check_value(override)
     try:
-        return compose_config(overrides)
+        return compose_config(overrides, command.root)
     except OmegaConfBaseException as error:
         raise UserError(error.full_key or "config", None, _first_line(error)) from error
     except HydraException as error:
@@ -175,12 +223,12 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _unknown(key: str, known: set[str], base: DictConfig) -> str:
+def _unknown(key: str, known: set[str], base: DictConfig, command: Command) -> str:
     section = key.rpartition(".")[0]
-    if key in every_option():  # but not with what was chosen for its group
+    if key in every_option(command):  # but not with what was chosen for its group
         return f"{section}={base[section].name} has no such option"
     beside = [k for k in sorted(known) if k.rpartition(".")[0] == section]
-    hint = _did_you_mean(key, [k for k in (*sorted(known), *GROUPS) if k != section])
+    hint = _did_you_mean(key, [k for k in (*sorted(known), *command.groups) if k != section])
     allowed = f"allowed here: {', '.join(beside)}; " if section and beside else ""
     return f"unknown option; {hint}{allowed}--help lists all"
 
@@ -190,11 +238,11 @@ def _did_you_mean(word: str, choices: Sequence[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def _set_texts(config: schema.Config, texts: Sequence[_Given]) -> None:
-    stops = [item.value for item in texts if item.key == "generation.stop"]
-    if stops:
-        config.generation.stop = stops
+def _set_texts(config: schema.Config, texts: Sequence[_Given], command: Command) -> None:
+    values: dict[str, list[str]] = {}
     for item in texts:
-        section, _, name = item.key.rpartition(".")
-        if item.key != "generation.stop":
-            setattr(getattr(config, section) if section else config, name, item.value)
+        values.setdefault(item.key, []).append(item.value)
+    for key, given in values.items():
+        section, _, name = key.rpartition(".")
+        value = given if key in command.repeatable else given[0]
+        setattr(getattr(config, section) if section else config, name, value)

@@ -23,14 +23,19 @@ def check_writable(output: OutputConfig) -> None:
     """Raise UserError now for what could not be written after a long run."""
     for key, value in (("output.path", output.path), ("output.first_logits", output.first_logits)):
         if value is not None:
-            try:
-                _check_file(key, value)
-            except UserError:
-                raise
-            except (OSError, ValueError, RuntimeError) as error:  # or a ~name of nobody
-                raise UserError(key, value, f"cannot be written: {_reason(error)}") from error
+            check_file(key, value)
     if output.path and output.first_logits and _same(output.path, output.first_logits):
         raise UserError("output.first_logits", output.first_logits, "is output.path too")
+
+
+def check_file(key: str, value: str) -> None:
+    """Raise UserError if a file of this name could not be written."""
+    try:
+        _check_file(key, value)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # or a ~name of nobody
+        raise UserError(key, value, f"cannot be written: {_reason(error)}") from error
 
 
 def config_path(path: str) -> Path:
@@ -61,11 +66,11 @@ def write_results(config: Config, result: dict[str, Any], first_logits_V: Tensor
     output = config.output
     if output.path:
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-        _write("output.path", output.path, text)
-        _write("output.path", config_path(output.path), resolved_config(config))
+        write_file("output.path", output.path, text)
+        write_file("output.path", config_path(output.path), resolved_config(config))
     if output.first_logits:
         content = save({"first_token_logits": first_logits_V.contiguous()})
-        _write("output.first_logits", output.first_logits, content)
+        write_file("output.first_logits", output.first_logits, content)
 
 
 def resolved_config(config: Config) -> str:
@@ -75,7 +80,8 @@ def resolved_config(config: Config) -> str:
     return yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
 
 
-def _write(key: str, path: str | Path, content: str | bytes) -> None:
+def write_file(key: str, path: str | Path, content: str | bytes) -> None:
+    """Write the file that an option names; raises Fault, naming the option, if it cannot be."""
     if isinstance(content, str):
         # a path may hold bytes that are no text
         content = content.encode("utf-8", "surrogateescape")

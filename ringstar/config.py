@@ -23,6 +23,8 @@ MODELS = ("hf", "smollm2")
 # some thirty years: more overflows the clocks of the libraries below
 MAX_TIMEOUT_S = 1e9
 TRANSPORTS = ("auto", "nccl", "gloo", "threads")
+# facts that there are to plant
+MAX_NEEDLES = 60
 
 
 @dataclass
@@ -176,6 +178,31 @@ class Config:
     question_path: str | None = None
 
 
+@dataclass
+class CompareConfig:
+    """What exact and star are compared by, beside the answers."""
+
+    # settings of star, each as `block_size=1K anchor_size=256`; none: chosen by the document
+    star: list[str] = field(default_factory=list)
+    # passages of the document that are quoted, and the tokens of each
+    probes: int = 8
+    probe_tokens: int = 32
+    # facts planted in a copy of the document; None: 5, or none without a tokenizer
+    needles: int | None = None
+    # how often, with other facts: an encode more for exact and for each setting
+    needle_trials: int = 1
+    picture: str | None = None
+
+
+@dataclass
+class ComparisonConfig(Config):
+    """Everything that one comparison needs; `strategy` is that of the exact side."""
+
+    # here it may be given several times
+    question: list[str] = field(default_factory=list)  # type: ignore[assignment]
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
 def check(config: Config) -> None:
     """Raise UserError for the first value that no run could use."""
     for key, value, good, allowed in _rules(config):
@@ -215,6 +242,16 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield _count("encode.answer_tokens", config.encode.answer_tokens)
     yield _count("launch.nproc", config.launch.nproc)
     yield from _generation_rules(config.generation)
+    if isinstance(config, ComparisonConfig):
+        yield from _compare_rules(config.compare)
+
+
+def _compare_rules(compare: CompareConfig) -> Iterator[Rule]:
+    yield "compare.probes", compare.probes, compare.probes >= 0, "allowed: 0 (none) or more"
+    yield _count("compare.probe_tokens", compare.probe_tokens)
+    in_range = 0 <= (compare.needles or 0) <= MAX_NEEDLES
+    yield "compare.needles", compare.needles, in_range, f"allowed: from 0 (none) to {MAX_NEEDLES}"
+    yield _count("compare.needle_trials", compare.needle_trials)
 
 
 def _star_rules(star: StarConfig) -> Iterator[Rule]:

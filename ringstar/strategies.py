@@ -109,8 +109,10 @@ def chosen_share(config: StarConfig) -> tuple[str, str]:
     return "world", "the anchor is the same for all blocks"
 
 
-def star_blocks(config: StarConfig, tokens: int, world: int) -> Blocks:
-    """The blocks of a document of `tokens`; raises UserError for sizes that do not fit it."""
+def blocks_of(config: StrategyConfig, tokens: int, world: int) -> Blocks | None:
+    """Star's blocks of a document, None for other strategies; UserError for unfit sizes."""
+    if not isinstance(config, StarConfig):
+        return None
     try:
         return make_blocks(tokens, world, config.block_size, config.anchor_size)
     except ValueError as error:
@@ -121,8 +123,8 @@ def star_blocks(config: StarConfig, tokens: int, world: int) -> Blocks:
 
 def check_document(config: StrategyConfig, tokens: int, world: int, vocab_size: int) -> None:
     """Raise UserError for a strategy that cannot encode a document of `tokens`."""
+    blocks_of(config, tokens, world)
     if isinstance(config, StarConfig):
-        star_blocks(config, tokens, world)
         chosen_share(config)
         token = config.anchor_token
         if token is not None and token >= vocab_size:
@@ -132,11 +134,11 @@ def check_document(config: StrategyConfig, tokens: int, world: int, vocab_size: 
 
 def describe(config: StrategyConfig, tokens: int, world: int) -> str:
     """How a document of `tokens` is encoded, and why so: for people."""
+    blocks = blocks_of(config, tokens, world)
     if isinstance(config, RingConfig):
         return f"strategy ring, layout {config.layout}"
-    if not isinstance(config, StarConfig):
+    if blocks is None or not isinstance(config, StarConfig):
         return f"strategy {config.name}"
-    blocks = star_blocks(config, tokens, world)
     if blocks.count == 1:
         return f"strategy star, one block of all {tokens:,} tokens: exact"
     size = "as asked" if config.block_size else f"a block for each of {world} ranks"

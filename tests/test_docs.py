@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 from launch import faults, generate
-from launch.options import GROUPS, compose_config, option_keys, parse
+from launch.options import COMPARE, GENERATE, GROUPS, every_option, parse, parse_comparison
 from ringattn import Costs, ExtendPlan
 from ringstar import LongContext
 from ringstar.models import FAMILIES
 from ringstar.models.families import STATIC_ROPE
 from seqpar import Layout
+from starattn import make_blocks
 from tests.ringstar.test_seeded_faults import FAULTS
 from tests.support.chat import LINES, chat_folder
 from tests.support.models import random_ids, tiny_folder
@@ -35,6 +36,7 @@ COMMANDS = [
     for page in PAGES
     for line in re.findall(r"^(?:python|torchrun) .*-m launch.*$", page.read_text(), re.MULTILINE)
 ]
+PARSERS = {"launch.compare": (COMPARE, parse_comparison)}
 BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     for page in (README, ROOT / "docs/python.md")
@@ -57,15 +59,16 @@ def test_commands_name_what_exists(page, line):
     words = shlex.split(line)
     module, *options = words[words.index("-m") + 1 :]
     assert importlib.util.find_spec(module)
-    known = {*option_keys(compose_config([])), *GROUPS}
+    command, parse_all = PARSERS.get(module, (GENERATE, parse))
+    known = {*every_option(command), *command.groups}
     for option in options:
         assert option.partition("=")[0] in known, option
-    parse(options)  # values too
+    parse_all(options)  # values too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page):
-    known = {*option_keys(compose_config([])), *GROUPS}
+    known = {*every_option(), *every_option(COMPARE), *GROUPS}
     sections = "|".join({key.partition(".")[0] for key in known if "." in key})
     for key in re.findall(rf"`((?:{sections})\.\w+)(?:=[^`]*)?`", page.read_text()):
         assert key in known or (ROOT / key.replace(".", "/", 1)).with_suffix(".py").exists(), key
@@ -151,6 +154,29 @@ def test_the_results_are_those_of_the_file_that_is_linked():
     assert f"| {found['attention']['ringattn / one process']:.2f} |" in section
     peer = found["attention"]["ring-attention-pytorch / ringattn"]
     assert f"takes {peer:.1f} times" in section
+
+
+def test_the_results_of_star_are_those_of_the_file_that_is_linked():
+    section = README.read_text().partition("### Star Attention")[2].partition("\n## ")[0]
+    file = ROOT / re.findall(r"\((benchmarks/results/[^)]+-star)\.md\)", section)[0]
+    found = json.loads(file.with_suffix(".json").read_text())["star"]
+    for other in ("none", "ring"):
+        ratios = [f"{found[f'{part}: world / {other}']:.2f}" for part in ("eighths", "quarters")]
+        assert f"| {' | '.join(ratios)} |" in section
+
+
+def test_the_picture_of_star_can_be_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.setattr(sys, "argv", ["draw_star.py", str(tmp_path / "star.png")])
+    drawn = runpy.run_path(str(ROOT / "docs/draw_star.py"), run_name="__main__")
+    assert (tmp_path / "star.png").read_bytes().startswith(b"\x89PNG")
+    tokens, world = drawn["TOKENS"], drawn["WORLD"]
+    exact = [pair for rank in range(world) for pair in drawn["exact_pairs"](rank)]
+    assert sorted(exact) == [(q, k) for q in range(tokens) for k in range(q + 1)]
+    whole = [p for r in range(world) for p in drawn["star_pairs"](make_blocks(tokens, world), r)]
+    assert len(whole) == len(set(whole)) == 336
+    assert (ROOT / "docs/star.png").stat().st_size < 150_000
 
 
 def test_the_picture_can_be_drawn(tmp_path, monkeypatch):

@@ -27,13 +27,13 @@ QUESTION = "question=Who?"
 
 
 @functools.cache
-def composed(overrides: tuple[str, ...]):
-    return compose_config(overrides)
+def composed(overrides: tuple[str, ...], root: str):
+    return compose_config(overrides, root)
 
 
-def compose_once(overrides):
+def compose_once(overrides, root="config"):
     """Hydra takes a tenth of a second, and most arguments here compose alike."""
-    return composed(tuple(overrides))
+    return composed(tuple(overrides), root)
 
 
 @pytest.fixture(autouse=True)

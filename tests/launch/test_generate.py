@@ -38,7 +38,9 @@ FIELDS = {
     "new_tokens": int,
     "finish_reason": str,
     "strategy": str,
-    "layout": str,
+    "layout": str | None,
+    "block_size": int | None,
+    "anchor_size": int | None,
     "world_size": int,
     "transport": str,
     "kernel": str,
@@ -69,7 +71,10 @@ def run(tmp_path, capsys):
 
 
 def check_result(result, world: int) -> None:
-    assert {name: type(value) for name, value in result.items()} == FIELDS
+    assert list(result) == list(FIELDS)
+    assert all(isinstance(result[name], kind) for name, kind in FIELDS.items())
+    assert (result["layout"] is None) == (result["strategy"] != "ring")
+    assert (result["block_size"] is None) == (result["strategy"] != "star")
     for name in ("peak_memory_bytes", "kv_bytes", "bytes_sent"):
         assert len(result[name]) == world
         assert all(type(value) is int and value >= 0 for value in result[name])
@@ -125,6 +130,24 @@ def test_dense_and_ring_agree_and_a_second_run_overwrites(run, tmp_path, chat, b
     ]
 
 
+def test_star_is_the_same_on_one_rank_and_says_how_it_encodes(run, chat, book):
+    arguments = [f"model.path={chat}", f"document.path={book}", QUESTION, "strategy=star"]
+    arguments += ["strategy.block_size=64", "generation.max_new_tokens=6"]
+    many, _, err = run(*arguments, *THREADS, "strategy.anchor_size=20")
+    one, *_ = run(*arguments, "strategy.anchor_size=20")
+    check_result(many, world=2)
+    assert many["answer_ids"] == one["answer_ids"]
+    assert (many["block_size"], many["anchor_size"]) == (64, 20)
+    assert "blocks of 64 tokens (as asked), anchor of 20 tokens computed once and bro" in err
+    *_, err = run(*arguments[:-2], *THREADS, "strategy.anchor_positions=random")
+    assert "computed for each block (anchor_positions=random differs from block to block)" in err
+    exact, _, err = run(*arguments[:-2], "strategy.block_size=4K", "generation.max_new_tokens=6")
+    assert "one block of all" in err
+    assert (
+        exact["answer_ids"] == run(*arguments[:3], "generation.max_new_tokens=6")[0]["answer_ids"]
+    )
+
+
 def test_stop_text_ends_the_answer(run, chat, book):
     arguments = [f"model.path={chat}", f"document.path={book}", QUESTION]
     arguments += SAMPLED
@@ -137,9 +160,12 @@ def test_stop_text_ends_the_answer(run, chat, book):
 
 
 @pytest.mark.slow
-def test_three_ways_to_start(tmp_path, chat, book, capsys):
+@pytest.mark.parametrize(
+    "strategy", [["strategy=ring"], ["strategy=star", "strategy.block_size=70"]], ids=str
+)
+def test_three_ways_to_start(tmp_path, chat, book, capsys, strategy):
     """Sampled with a seed; the document is a file, a pipe to our launcher, and a file again."""
-    shared = [f"model.path={chat}", QUESTION, *SAMPLED, "generation.max_new_tokens=16"]
+    shared = [f"model.path={chat}", QUESTION, *SAMPLED, *strategy, "generation.max_new_tokens=16"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ours = ["-m", "launch.generate"]
     results = {}

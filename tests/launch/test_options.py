@@ -10,7 +10,16 @@ import yaml
 
 from launch import generate
 from launch.help import help_text
-from launch.options import CONFIG_DIR, GROUPS, every_option, group_options, parse
+from launch.options import (
+    COMPARE,
+    CONFIG_DIR,
+    GENERATE,
+    GROUPS,
+    every_option,
+    group_options,
+    parse,
+    parse_comparison,
+)
 from launch.outputs import resolved_config
 from ringstar.config import Config
 
@@ -50,6 +59,20 @@ OPTIONS = [
     "transport.timeout_s",
     "transport.world_size",
 ]
+
+# launch.compare: no strategy, nothing of sampling
+COMPARE_OPTIONS = sorted(
+    {key for key in OPTIONS if not key.startswith("strategy.")}
+    - {"generation.seed", "generation.temperature", "generation.top_p", "output.first_logits"}
+    | {
+        "compare.needle_trials",
+        "compare.needles",
+        "compare.picture",
+        "compare.probe_tokens",
+        "compare.probes",
+        "compare.star",
+    }
+)
 
 CHOICES = {
     "strategy": ["dense", "ring", "star"],
@@ -112,6 +135,11 @@ def test_every_option_is_still_there():
     assert sorted(every_option()) == OPTIONS
 
 
+def test_every_option_of_compare_is_still_there():
+    assert sorted(every_option(COMPARE)) == COMPARE_OPTIONS
+    assert COMPARE.groups == ("transport", "kernel", "model", "experiment")
+
+
 def test_every_choice_is_still_there():
     assert {group: group_options(group) for group in GROUPS} == CHOICES
 
@@ -145,9 +173,10 @@ def test_experiments_hold_deltas_only():
         assert not any("schema" in str(entry) for entry in content.get("defaults", []))
 
 
-def test_every_option_has_a_help_line():
-    lines = help_text("").splitlines()
-    for key in {*OPTIONS, *GROUPS} - {"launch.report"}:
+@pytest.mark.parametrize(("command", "options"), [(GENERATE, OPTIONS), (COMPARE, COMPARE_OPTIONS)])
+def test_every_option_has_a_help_line(command, options):
+    lines = help_text("", command).splitlines()
+    for key in {*options, *command.groups} - {"launch.report"}:
         (line,) = [line for line in lines if line.split()[:1] == [key]]
         assert len(line.split()) > 2
 
@@ -170,6 +199,16 @@ def test_text_is_literal(text):
 def test_stop_may_be_repeated():
     config = parse(["generation.stop=a, b", "generation.stop=\n", "generation.stop=a, b"])
     assert config.generation.stop == ["a, b", "\n", "a, b"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_a_comparison_are_literal_and_may_be_repeated(text):
+    keys = ["question", "compare.star", "generation.stop"]
+    config = parse_comparison([f"{key}={part}" for key in keys for part in (text, "b", text)])
+    for key in keys:
+        assert value_of(config, key) == [text, "b", text]
+    config = parse_comparison([f"compare.picture={text}", f"output.path={text}"])
+    assert (config.compare.picture, config.output.path) == (text, text)
 
 
 def test_values_that_are_no_text_are_typed():

@@ -8,10 +8,11 @@ import torch
 
 from launch.demo_text import FACTS, demo_document
 from ringstar import LongContext
-from ringstar.config import ModelConfig
+from ringstar.config import ModelConfig, StarConfig
 from ringstar.models import find_model, smollm2
 from ringstar.models.one_device import OneDevice
 from tests.support.models import relative_error
+from tests.support.star_oracle import anchored, first_anchor, star
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +40,26 @@ def test_equal_to_one_device_on_a_real_document(files):
     assert fact.expected in answer.text
     assert "".join(pieces) == answer.text
     assert relative_error(answer.first_logits, want.first_logits) < 1e-5
+
+
+def test_star_is_its_oracle_on_a_real_document(files):
+    template = len(files.context_ids(""))
+    document = demo_document(lambda text: len(files.context_ids(text)) - template, 800)
+    context, fact = files.context_ids(document), FACTS[2]
+    query, block, anchor = files.query_ids(fact.question), 230, 100
+    folder = str(files.folder)
+    blocks = anchored(len(context), block, first_anchor(context, anchor))
+    want = star(folder, context, query, blocks, 10)
+    runtime = LongContext.from_pretrained(
+        folder,
+        strategy=StarConfig(block_size=block, anchor_size=anchor),
+        transport="threads",
+        world_size=3,
+        dtype="float32",
+    )
+    answer = runtime.ask(runtime.encode(context), query, max_new_tokens=10)
+    assert relative_error(answer.first_logits, want.first_V) < 1e-5
+    assert answer.ids == want.ids
 
 
 def test_the_split_prompt_is_the_chat_template(files):
