@@ -56,7 +56,7 @@ def summary(trials: Iterable[Trial]) -> dict[Cell, dict[str, dict[str, Any]]]:
     for trial in trials:
         grouped[trial.tokens, trial.keys][trial.method].append(trial)
     return {
-        cell: {name: _row(own, methods[EXACT]) for name, own in methods.items()}
+        cell: {name: _row(own, methods.get(EXACT, [])) for name, own in methods.items()}
         for cell, methods in sorted(grouped.items())
     }
 
@@ -100,7 +100,7 @@ def document(found: dict[Cell, dict[str, dict[str, Any]]], where: dict[str, Any]
         f"# Needles found by SmolLM2-135M-Instruct, {where['date']}",
         f"`{where['command']}` at {where['commit']} on {where['hardware']}; {versions}; bfloat16.",
         _HOW,
-        "![found by method, beside the paper's table, and by depth](needles.png)",
+        f"![found by method, beside the paper's table, and by depth]({where['date']}-needles.png)",
     ]
     for (tokens, keys), rows in found.items():
         parts += [f"## {tokens:,} tokens, {keys} key{'s' * (keys > 1)}", table(rows)]
@@ -111,18 +111,9 @@ _HOW = """A document is one noise line again and again, with a fact for each key
 spread evenly over it: "One of the special magic numbers for KEY is: NUMBER." The model is asked for
 one number, and its answer is made to begin with all but the number. Found means that the seven
 digits are in the greedy answer. Every method got the same documents. Star has four blocks, and
-anchors as long as a block; "exact" is dense attention. Intervals are Wilson's; p is McNemar's exact
-test, two-sided, against exact on the same questions."""
-
-_PUBLISHED_NOTE]) + "\n"
-
-
-_HOW = """A document is one noise line again and again, with a fact for each key, at depths that are
-spread evenly over it: "One of the special magic numbers for KEY is: NUMBER." The model is asked for one number,
-and its answer is made to begin with all but the number. Found means that the seven digits are in the
-greedy answer. Every method got the same documents. Star has four blocks, and anchors as long as a
-block; "exact" is dense attention. Intervals are Wilson's; p is McNemar's exact test, two-sided,
-against exact on the same questions."""
+anchors as long as a block; "exact" is dense attention. All run on one simulated rank, which computes
+the same as several. Intervals are Wilson's; p is McNemar's exact test, two-sided, against exact on the
+same questions; the four questions about one document count as independent."""
 
 _PUBLISHED_NOTE = """The picture's circles are what the paper prints in its table 4
 (Llama-3.1-8B-Instruct, RULER's needle tasks, 128K tokens in blocks of 32K). They were not measured
@@ -130,14 +121,15 @@ here, and model, tasks and lengths differ: only the order of methods can be comp
 
 
 def write_report(trials: list[Trial], folder: Path) -> None:
-    """`needles.json`, `.md` and `.png` in `folder`."""
+    """`DATE-needles.json`, `.md` and `.png` in `folder`."""
     found = summary(trials)
     where = circumstances("python -m benchmarks.needles")
+    name = f"{where['date']}-needles"
     cells = {f"{tokens}/{keys}": rows for (tokens, keys), rows in found.items()}
     content = {"circumstances": where, "cells": cells}
-    (folder / "needles.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "needles.md").write_text(document(found, where))
-    draw(found, folder / "needles.png")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(document(found, where))
+    draw(found, folder / f"{name}.png")
     for (tokens, keys), rows in found.items():
         print(f"\n{tokens} tokens, {keys} keys\n{table(rows)}")
 
@@ -173,7 +165,7 @@ def _draw_methods(axes: Any, cell: Cell, rows: dict[str, dict[str, Any]]) -> Non
     axes.set(xlim=(-2, 104), xlabel="needles found, %")
     axes.set_title(
         f"bars: SmolLM2, {cell[0]:,} tokens, 4 blocks, 95% intervals\n"
-        "circles: the paper's table 4 (Llama-3.1-8B, 128K; not measured here)",
+        "circles: the paper's table 4\n(Llama-3.1-8B, 128K; not measured here)",
         fontsize=10,
     )
 
