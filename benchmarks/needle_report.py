@@ -111,9 +111,9 @@ _HOW = """A document is one noise line again and again, with a fact for each key
 spread evenly over it: "One of the special magic numbers for KEY is: NUMBER." The model is asked for
 one number, and its answer is made to begin with all but the number. Found means that the seven
 digits are in the greedy answer. Every method got the same documents. Star has four blocks, and
-anchors as long as a block; "exact" is dense attention. All run on one simulated rank, which computes
-the same as several. Intervals are Wilson's; p is McNemar's exact test, two-sided, against exact on the
-same questions; the four questions about one document count as independent."""
+anchors as long as a block; "exact" is dense attention. All run on one simulated rank, which
+computes the same as several. Intervals are Wilson's; p is McNemar's exact test, two-sided, against
+exact on the same questions; the four questions about one document count as independent."""
 
 _PUBLISHED_NOTE = """The picture's circles are what the paper prints in its table 4
 (Llama-3.1-8B-Instruct, RULER's needle tasks, 128K tokens in blocks of 32K). They were not measured
