@@ -46,13 +46,12 @@ from launch.compare_plan import Plan, make_plan
 from launch.compare_progress import work_bar
 from launch.compare_result import result_of
 from launch.compare_tables import tables
-from launch.faults import DONE, Reporter, exit_status, leave
-from launch.generate import check_launch, print_piece, show_choices
+from launch.faults import DONE, leave
+from launch.generate import print_piece, show_choices
 from launch.help import help_text
-from launch.inputs import standard_input_kept
 from launch.options import COMPARE, parse_comparison
 from launch.outputs import check_file, check_writable, config_path, resolved_config, write_file
-from launch.ranks import join_launcher, start_ranks
+from launch.start import RankCommand
 from launch.weights import check_weights
 from ringstar.config import ComparisonConfig
 from ringstar.errors import UserError
@@ -68,25 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(__doc__ or "", COMPARE))
         return DONE
-    reporter = Reporter(int(os.environ.get("RANK", "0")))
-    return exit_status(lambda: _run(arguments, reporter), reporter)
-
-
-def _run(arguments: Sequence[str], reporter: Reporter) -> int:
-    config = parse_comparison(arguments)
-    reporter.show_traceback = config.launch.traceback
-    if config.launch.report:
-        reporter.store = join_launcher(config.launch.report)
-    check_launch(config)
-    if not config.launch.nproc or under_torchrun():
-        run_rank(config, reporter.store)
-        return DONE
-    with standard_input_kept(config) as (kept, copies):
-        assert isinstance(kept, ComparisonConfig)
-        check_request(kept)
-        others = [a for a in arguments if a.partition("=")[0] not in copies]
-        paths = [f"{key}={path}" for key, path in copies.items()]
-        return start_ranks("launch.compare", [*others, *paths], config.launch.nproc)
+    command = RankCommand("launch.compare", parse_comparison, check_request, run_rank)
+    return command.main(arguments)
 
 
 def check_request(config: ComparisonConfig) -> tuple[ModelFiles, Plan]:

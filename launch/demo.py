@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 
 from launch.demo_text import FACTS, demo_document
 from launch.faults import DONE, FAULT, Reporter, exit_status, leave
-from launch.generate import check_launch, show_choices
+from launch.generate import show_choices
 from launch.options import parse
 from launch.progress import encode_bar
 from launch.ranks import join_launcher, start_ranks
+from launch.start import check_launch
 from ringstar.config import Config, RingConfig, StarConfig, StrategyConfig
 from ringstar.models import ModelFiles, choose_dtype, find_model, quiet_transformers
 from ringstar.models.one_device import OneDevice, PlainAnswer

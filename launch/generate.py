@@ -26,19 +26,18 @@ from typing import Any
 
 import torch
 
-from launch.faults import DONE, Reporter, exit_status, leave
+from launch.faults import DONE, leave
 from launch.help import help_text
-from launch.inputs import Request, read_request, standard_input_kept
+from launch.inputs import Request, read_request
 from launch.options import parse
 from launch.outputs import check_writable, write_results
 from launch.progress import encode_bar
-from launch.ranks import join_launcher, start_ranks
+from launch.start import RankCommand
 from launch.weights import check_weights
 from ringstar.answers import Answer
 from ringstar.config import Config
-from ringstar.errors import UserError
 from ringstar.models import ModelFiles, find_model, quiet_transformers
-from ringstar.ranks import check_gpus, check_ranks, check_strategy, make_ranks, under_torchrun
+from ringstar.ranks import check_ranks, make_ranks, under_torchrun
 from ringstar.runtime import Document, LongContext, choose_kernel
 from ringstar.strategies import blocks_of
 
@@ -48,24 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(__doc__ or ""))
         return DONE
-    reporter = Reporter(int(os.environ.get("RANK", "0")))
-    return exit_status(lambda: _run(arguments, reporter), reporter)
-
-
-def _run(arguments: Sequence[str], reporter: Reporter) -> int:
-    config = parse(arguments)
-    reporter.show_traceback = config.launch.traceback
-    if config.launch.report:
-        reporter.store = join_launcher(config.launch.report)
-    check_launch(config)
-    if not config.launch.nproc or under_torchrun():
-        run_rank(config, reporter.store)
-        return DONE
-    with standard_input_kept(config) as (kept, copies):
-        check_request(kept)
-        others = [a for a in arguments if a.partition("=")[0] not in copies]
-        paths = [f"{key}={path}" for key, path in copies.items()]
-        return start_ranks("launch.generate", [*others, *paths], config.launch.nproc)
+    command = RankCommand("launch.generate", parse, check_request, run_rank)
+    return command.main(arguments)
 
 
 def check_request(config: Config) -> tuple[ModelFiles, Request]:
@@ -140,25 +123,6 @@ def show_choices() -> None:
     logger = logging.getLogger("ringstar")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-
-
-def check_launch(config: Config) -> None:
-    """What can be refused before any rank is started."""
-    nproc, transport = config.launch.nproc, config.transport
-    if nproc is None:
-        return
-    if under_torchrun():
-        started = int(os.environ["WORLD_SIZE"])
-        if nproc != started:
-            raise UserError("launch.nproc", nproc, f"torchrun started {started} ranks; drop it")
-        return
-    if transport.name == "threads":
-        raise UserError("launch.nproc", nproc, "transport=threads simulates its ranks; drop one")
-    if transport.world_size not in (None, nproc):
-        raise UserError("transport.world_size", transport.world_size, f"launch.nproc is {nproc}")
-    check_strategy(config, nproc)
-    if transport.name == "nccl":
-        check_gpus(nproc)
 
 
 def print_piece(piece: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ringstar.config import Config, DocumentConfig
 from ringstar.errors import UserError
@@ -18,6 +18,7 @@ from ringstar.ranks import under_torchrun, world_size_of
 from ringstar.runtime import check_fits, check_ids
 
 STDIN = "-"
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def read_text(key: str, path: str) -> str:
 
 
 @contextmanager
-def standard_input_kept(config: Config) -> Iterator[tuple[Config, dict[str, str]]]:
+def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
     """Ranks cannot share a pipe: what comes through one is kept in a file for the run.
 
     Yields the config that names that file, and the options that say the same.

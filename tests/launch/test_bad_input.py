@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 import launch.generate
 import launch.options
+import launch.start
 from launch.generate import main
 from launch.options import compose_config
 from ringstar.models import ModelFiles
@@ -44,7 +45,7 @@ def _poison(monkeypatch):
         raise AssertionError("went on after wrong input")
 
     monkeypatch.setattr(ModelFiles, "load", touched)
-    monkeypatch.setattr(launch.generate, "start_ranks", touched)
+    monkeypatch.setattr(launch.start, "start_ranks", touched)
     monkeypatch.setattr(launch.generate, "make_ranks", touched)
     monkeypatch.setattr(launch.options, "compose_config", compose_once)
 

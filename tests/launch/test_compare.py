@@ -20,6 +20,7 @@ import torch
 import yaml
 
 import launch.compare
+import launch.start
 from launch.compare import main
 from launch.compare_facts import MOST, make_facts
 from launch.compare_measure import Measurement, forced, quoted_share
@@ -348,7 +349,7 @@ def refused(capsys, monkeypatch):
         raise AssertionError("went on after wrong input")
 
     monkeypatch.setattr(ModelFiles, "load", touched)
-    monkeypatch.setattr(launch.compare, "start_ranks", touched)
+    monkeypatch.setattr(launch.start, "start_ranks", touched)
     monkeypatch.setattr(launch.compare, "make_ranks", touched)
 
     def refused(*arguments: str) -> str:

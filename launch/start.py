@@ -1,0 +1,70 @@
+"""What every command does that runs on ranks: parse, check, and start them or be one of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from launch.faults import DONE, Reporter, exit_status
+from launch.inputs import standard_input_kept
+from launch.ranks import join_launcher, start_ranks
+from ringstar.config import Config
+from ringstar.errors import UserError
+from ringstar.ranks import check_gpus, check_strategy, under_torchrun
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True, slots=True)
+class RankCommand(Generic[C]):
+    """A command as `python -m module`.
+
+    `check` finds what is wrong before ranks start; `run` is what each rank does, given the store
+    in which it publishes its phases, if the launcher made one.
+    """
+
+    module: str
+    parse: Callable[[Sequence[str]], C]
+    check: Callable[[C], object]
+    run: Callable[[C, Any], None]
+
+    def main(self, arguments: Sequence[str]) -> int:
+        """Returns the exit status; prints one line for what went wrong."""
+        reporter = Reporter(int(os.environ.get("RANK", "0")))
+        return exit_status(lambda: self._start(arguments, reporter), reporter)
+
+    def _start(self, arguments: Sequence[str], reporter: Reporter) -> int:
+        config = self.parse(arguments)
+        reporter.show_traceback = config.launch.traceback
+        if config.launch.report:
+            reporter.store = join_launcher(config.launch.report)
+        check_launch(config)
+        if not config.launch.nproc or under_torchrun():
+            self.run(config, reporter.store)
+            return DONE
+        with standard_input_kept(config) as (kept, copies):
+            self.check(kept)
+            others = [a for a in arguments if a.partition("=")[0] not in copies]
+            paths = [f"{key}={path}" for key, path in copies.items()]
+            return start_ranks(self.module, [*others, *paths], config.launch.nproc)
+
+
+def check_launch(config: Config) -> None:
+    """What can be refused before any rank is started."""
+    nproc, transport = config.launch.nproc, config.transport
+    if nproc is None:
+        return
+    if under_torchrun():
+        started = int(os.environ["WORLD_SIZE"])
+        if nproc != started:
+            raise UserError("launch.nproc", nproc, f"torchrun started {started} ranks; drop it")
+        return
+    if transport.name == "threads":
+        raise UserError("launch.nproc", nproc, "transport=threads simulates its ranks; drop one")
+    if transport.world_size not in (None, nproc):
+        raise UserError("transport.world_size", transport.world_size, f"launch.nproc is {nproc}")
+    check_strategy(config, nproc)
+    if transport.name == "nccl":
+        check_gpus(nproc)
