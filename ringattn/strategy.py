@@ -12,7 +12,7 @@ from torch import Tensor
 from localflash import DenseKV
 from ringattn.plan import Costs, ExtendPlan, PastBy
 from ringattn.prefill import KVBuffers, Ring, extend
-from seqpar import Attend, Layout, LayoutKind, Runs, Transport, Work, pairs, token_count
+from seqpar import Attend, Layout, LayoutKind, Runs, Transport, Work, token_count
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,9 @@ class RingExtension:
 
     @property
     def work(self) -> Work:
-        """Without windows, which only make it less."""
-        steps = (*self.plan.new_steps(), *self.plan.past_kv_steps())
-        seen = sum(pairs(tile) for step in steps for tile in step.tiles)
-        return Work(token_count(self.plan.own), seen)
+        """Each query sees itself and all before it; windows only make it less."""
+        own = self.plan.own
+        return Work(token_count(own), sum(len(run) + sum(run) for run in own))
 
     def token_ids(self, ids: Sequence[int]) -> list[int]:
         """The tokens at `positions` of the document `ids`."""
