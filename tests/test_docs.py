@@ -165,6 +165,17 @@ def test_the_results_of_star_are_those_of_the_file_that_is_linked():
         assert f"| {' | '.join(ratios)} |" in section
 
 
+def test_the_needles_are_those_of_the_file_that_is_linked():
+    section = README.read_text().partition("### Star Attention")[2].partition("\n## ")[0]
+    file = ROOT / re.findall(r"\((benchmarks/results/[^)]+-needles)\.md\)", section)[0]
+    cells = json.loads(file.with_suffix(".json").read_text())["cells"]
+    for tokens in (2048, 4096, 7168):
+        rows = [cells[f"{tokens}/1"][name] for name in ("exact", "first block", "no anchor")]
+        assert [row["trials"] for row in rows] == [40] * 3
+        found = " | ".join(str(row["found"]) for row in rows)
+        assert f"| {tokens:,} tokens | {found} |" in section
+
+
 def test_the_picture_of_star_can_be_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
