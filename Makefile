@@ -1,16 +1,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ringstar-ready
+# a machine with a GPU may have its own python3 with PyTorch, and no .venv: PYTHON=... says which
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON := $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+else
+GPU_PYTHON := $(PYTHON)
+endif
+# found on the path, so that nothing has to be installed
+GPU_PATH := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}"
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-gpu lint bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup   create or refresh .venv"
-	@echo "make demo    answer questions over a 6,000-token document with 4 ranks"
-	@echo "make test    lint, type check and all tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make bench   CPU benchmarks, as ratios in one run (results in benchmarks/results)"
+	@echo "make setup      create or refresh .venv"
+	@echo "make demo       answer questions over a 6,000-token document with 4 ranks"
+	@echo "make test       lint, type check and all tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      CPU benchmarks, as ratios in one run (results in benchmarks/results)"
+	@echo "make test-gpu   kernels and the runtime on one NVIDIA GPU, under 8 minutes"
+	@echo "make bench-gpu  benchmarks on one NVIDIA GPU, under 8 minutes; ARGS=--help"
+	@echo "                (both with .venv, or PYTHON=... that has torch, transformers, pytest)"
 
 setup: $(STAMP)
 
@@ -35,6 +46,12 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
+
+test-gpu:
+	$(GPU_PATH) timeout --signal=INT 470 $(GPU_PYTHON) -m pytest tests/gpu tests/localflash -m gpu -rs -p no:cacheprovider
+
+bench-gpu:
+	$(GPU_PATH) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf .venv

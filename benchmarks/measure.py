@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,23 @@ def over_ranks(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
     return {"cpu_s": statistics.median(total), "wall_s": statistics.median(slowest)}
 
 
-def circumstances(command: str) -> dict[str, Any]:
-    """Command, versions, hardware, commit and date."""
+def circumstances(command: str, packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
+    """Command, versions of those of `packages` that are installed, hardware, commit and date."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+        "versions": {name: version for name in packages if (version := _version(name))}
         | {"python": platform.python_version()},
         "hardware": f"{os.cpu_count()} cores of {_processor()}",
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -67,5 +74,10 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    """Of the repository that is run; a copy without git's folder has none to tell."""
     asked = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

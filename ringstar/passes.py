@@ -15,7 +15,8 @@ import localflash
 from localflash import DenseKV
 from ringstar.cache import ShardedCache
 from ringstar.strategies import Extension
-from seqpar import Run, Runs, Tile, Transport, attend_sharded, tiles, token_count
+from ringstar.unified import UnifiedMax
+from seqpar import Attend, Run, Runs, Tile, Transport, attend_sharded, tiles, token_count
 
 
 @dataclass
@@ -79,6 +80,7 @@ class ReplicatedPass:
     at: int
     transport: Transport
     kernel: str
+    unified: UnifiedMax | None = None
 
     def attend(
         self,
@@ -99,9 +101,14 @@ class ReplicatedPass:
             self._held(layer, k_BTKD, v_BTKD),
             self._tiles(window),
             transport=self.transport,
-            attend=_bound(self.kernel, scale, softcap),
+            attend=self._kernel_of(layer, scale, softcap),
         )
         return out.to(q_BTHD.dtype)
+
+    def _kernel_of(self, layer: int, scale: float, softcap: float | None) -> Attend:
+        if self.unified is None:
+            return _bound(self.kernel, scale, softcap)
+        return self.unified.of(layer, self.kernel, scale, softcap)
 
     def _held(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor) -> DenseKV:
         if self.cache.tokens:

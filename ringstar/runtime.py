@@ -81,7 +81,13 @@ class LongContext:
             transport.publish("load")
         model = files.load(config.model, dtype, first.device)
         self._engines = {
-            transport.rank: RankEngine(model, transport, self.kernel, config.encode.answer_tokens)
+            transport.rank: RankEngine(
+                model,
+                transport,
+                self.kernel,
+                config.encode.answer_tokens,
+                unified_max=config.kernel.unified_max,
+            )
             for transport in ranks.transports
         }
 
@@ -335,11 +341,16 @@ def choose_kernel(config: Config, files: ModelFiles, device: torch.device) -> lo
     dtype, _ = choose_dtype(config.model, files.config, device)
     name = config.kernel.name
     try:
-        return localflash.choose(
+        choice = localflash.choose(
             name, device=device, dtype=dtype, head_dim=_head_dim(files.config), softcap=None
         )
     except ValueError as error:
         raise UserError("kernel", name, str(error).removeprefix(f"kernel={name}: ")) from error
+    if config.kernel.unified_max and choice.backend.attend_unified is None:
+        has = ", ".join(n for n, backend in localflash.BACKENDS.items() if backend.attend_unified)
+        lacks = f"kernel {choice.backend.name} has none; allowed with kernel={has}"
+        raise UserError("kernel.unified_max", "true", lacks)
+    return choice
 
 
 def _head_dim(config: Any) -> int:

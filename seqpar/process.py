@@ -25,7 +25,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class ProcessTransport(Transport):
-    """One rank of a torch.distributed group."""
+    """One rank of a torch.distributed group.
+
+    `staged` sends through copies in host memory, which gloo needs for CUDA tensors; unless
+    given, that is when it is done.
+    """
 
     def __init__(
         self,
@@ -33,12 +37,14 @@ class ProcessTransport(Transport):
         store: dist.Store,
         device: torch.device,
         timeout_s: float,
+        staged: bool | None = None,
     ):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout_s)
         self.name = str(dist.get_backend(group))
         self._group, self._store = group, store
         self._mesh: LocalMesh | None = None
-        self._staged = self.name == "gloo" and device.type != "cpu"
+        needed = self.name == "gloo" and device.type != "cpu"
+        self._staged = needed if staged is None else staged
 
     def use_mesh(self, mesh: LocalMesh) -> None:
         """Send small messages over `mesh` instead of the library."""
@@ -47,7 +53,7 @@ class ProcessTransport(Transport):
     def subgroup(self, ranks: Sequence[int]) -> Transport:
         members = [dist.get_global_rank(self._group, rank) for rank in ranks]
         group = dist.new_group(members, use_local_synchronization=True)
-        return ProcessTransport(group, self._store, self.device, self.timeout_s)
+        return ProcessTransport(group, self._store, self.device, self.timeout_s, self._staged)
 
     def barrier(self) -> None:
         with self._faults_named():
@@ -140,7 +146,8 @@ class ProcessTransport(Transport):
 
     def _outgoing(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self._staged:
-            return [tensor.detach().cpu() for tensor in tensors]
+            # a copy to the host keeps strides, and gloo takes none but contiguous tensors
+            return [tensor.detach().cpu().contiguous() for tensor in tensors]
         return [tensor.detach().contiguous() for tensor in tensors]
 
     def _incoming(self, tensors: Sequence[Tensor], keep: bool = False) -> list[Tensor]:
@@ -221,11 +228,13 @@ def connect(
     timeout_s: float,
     threads_per_rank: int | None = None,
     store: dist.Store | None = None,
+    staged: bool | None = None,
 ) -> ProcessTransport:
     """Join the group that torchrun's environment describes.
 
     `store` is where phases are published; by default the group's own.  On a CPU the ranks of
-    one machine share its cores evenly unless `threads_per_rank` says otherwise.
+    one machine share its cores evenly unless `threads_per_rank` says otherwise.  `staged` is
+    that of `ProcessTransport`.
     """
     timeout = timedelta(seconds=timeout_s)
     own_store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -241,7 +250,7 @@ def connect(
         torch.set_num_threads(threads_per_rank or max(1, (os.cpu_count() or 1) // local_ranks()))
     assert dist.group.WORLD is not None
     phases = store or dist.PrefixStore("ringstar", own_store)
-    transport = ProcessTransport(dist.group.WORLD, phases, device, timeout_s)
+    transport = ProcessTransport(dist.group.WORLD, phases, device, timeout_s, staged)
     if backend == "gloo" and same_machine(world_size):
         transport.use_mesh(LocalMesh(rank, world_size, own_store, timeout_s))
     _warm_up(transport)

@@ -1,7 +1,7 @@
 """Real ranks on this machine from a function: for scripts, benchmarks and tests.
 
 Programs that own their processes' fate use torchrun or `launch.nproc`; this is the shortest way
-to run `rank_fn(transport, *args)` in `world_size` gloo processes and get the results back.
+to run `rank_fn(transport, *args)` in `world_size` processes and get the results back.
 """
 
 from __future__ import annotations
@@ -13,12 +13,27 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from seqpar.process import ProcessWorld, connect
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How ranks are started and connected.
+
+    Every rank computes on `device`; `staged` is that of `seqpar.process.ProcessTransport`, and
+    `environment` is added to each process's own before it connects (settings of NCCL).
+    """
+
+    backend: str = "gloo"
+    device: str = "cpu"
+    staged: bool | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_processes(
@@ -28,23 +43,27 @@ def run_processes(
     threads_per_rank: int = 1,
     timeout_s: float = 600.0,
     preload: Sequence[str] = ("torch", "seqpar"),
+    start: Start | None = None,
 ) -> list[Any]:
-    """`rank_fn(transport, *args)` in gloo processes; results in rank order.
+    """`rank_fn(transport, *args)` in processes, gloo on the CPU by default; results by rank.
 
-    `rank_fn`, its arguments and its result must be picklable.  Ranks are forked from a clean
-    server that has imported `preload`, so that they start fast.
+    `rank_fn`, its arguments and its result must be picklable.  On the CPU ranks are forked from
+    a clean server that has imported `preload`, so that they start fast.
 
     Raises:
         RuntimeError: a rank failed (its traceback is in the message) or did not answer in time.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    start = start or Start()
+    context = _context(start, preload)
     results = context.Queue()
     port = free_port()
     ranks = [
         context.Process(
             target=_rank_main,
-            args=(rank, world_size, port, threads_per_rank, timeout_s, rank_fn, args, results),
+            args=(
+                *(rank, world_size, port, threads_per_rank, timeout_s),
+                *(start, rank_fn, args, results),
+            ),
         )
         for rank in range(world_size)
     ]
@@ -77,6 +96,14 @@ def run_processes(
     return [collected[rank] for rank in range(world_size)]
 
 
+def _context(start: Start, preload: Sequence[str]) -> Any:
+    if start.device != "cpu":
+        return mp.get_context("spawn")  # CUDA does not outlive a fork
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on now."""
     with socket.socket() as listener:
@@ -90,6 +117,7 @@ def _rank_main(
     port: int,
     threads_per_rank: int,
     timeout_s: float,
+    start: Start,
     rank_fn: Callable[..., Any],
     args: tuple,
     results: Any,
@@ -101,10 +129,19 @@ def _rank_main(
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        **start.environment,
     }
     try:
-        cpu = torch.device("cpu")
-        transport = connect("gloo", cpu, timeout_s=timeout_s, threads_per_rank=threads_per_rank)
+        device = torch.device(start.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        transport = connect(
+            start.backend,
+            device,
+            timeout_s=timeout_s,
+            threads_per_rank=threads_per_rank,
+            staged=start.staged,
+        )
         (value,) = ProcessWorld(transport).run(lambda t: rank_fn(t, *args))
         # as bytes: the queue would send a tensor's memory, which is gone with this process
         results.put((rank, pickle.dumps(value), None))

@@ -143,7 +143,7 @@ class Transport(ABC):
 
     @abstractmethod
     def phases(self) -> dict[int, str]:
-        """The last phase that each rank published."""
+        """The last phase that each rank published, as far as it has come."""
 
     def mark(self, name: str, **details: Any) -> None:
         """Record an event, if events are being recorded."""

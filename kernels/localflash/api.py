@@ -7,6 +7,7 @@ log; a row that sees no key has out 0, lse -inf.
 
 import math
 
+import torch
 from torch import Tensor
 
 from .backends import Attend, Backend, choose
@@ -49,17 +50,25 @@ def attend_cached(
     scale: float | None = None,
     softcap: float | None = None,
     into: Partial | None = None,
+    phi: Tensor | None = None,
     backend: str | None = None,
 ) -> Partial:
     """`attend` to the cached tokens of each sequence; token t of a sequence is key index t.
 
     bands: one Band (or None: all visible) for every sequence, or a list with one for each.
+    phi (H,) float32: unified max, for back ends that have it: a shift of each query head's scores
+    near their logsumexp, in place of their maxima; the result is the same, and rows for which it
+    is too far off are computed again.
     """
     scale = _check(q_BTHD, scale, softcap, into)
     if kv.batch != q_BTHD.shape[0]:
         raise ValueError(f"kv has {kv.batch} sequences: must be {q_BTHD.shape[0]}, like q")
     _check_bands(bands, kv.batch)
     chosen = _backend(q_BTHD, softcap, backend)
+    if phi is not None:
+        _check_phi(q_BTHD, phi, chosen)
+        assert chosen.attend_unified is not None
+        return chosen.attend_unified(q_BTHD, kv, bands, scale, softcap, into, phi)
     if chosen.attend_cached is not None:
         return chosen.attend_cached(q_BTHD, kv, bands, scale, softcap, into)
     return _by_segment(chosen.attend, q_BTHD, kv, bands, scale, softcap, into)
@@ -127,6 +136,15 @@ def _check(
     if into is not None:
         _check_into(q_BTHD, into)
     return q_BTHD.shape[3] ** -0.5 if scale is None else scale
+
+
+def _check_phi(q_BTHD: Tensor, phi_H: Tensor, chosen: Backend) -> None:
+    if chosen.attend_unified is None:
+        raise ValueError(f"phi: kernel {chosen.name} has no unified max; allowed with triton")
+    heads = q_BTHD.shape[2:3]
+    if phi_H.shape != heads or phi_H.dtype != torch.float32 or phi_H.device != q_BTHD.device:
+        got = f"{tuple(phi_H.shape)} {phi_H.dtype} on {phi_H.device}"
+        raise ValueError(f"phi is {got}: must be {tuple(heads)} float32 on {q_BTHD.device}")
 
 
 def _check_into(q_BTHD: Tensor, into: Partial) -> None:

@@ -12,14 +12,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import torch_cpu, torch_cuda
+from . import packages, torch_cpu, torch_cuda, torch_flex
 from .band import Band
+from .installed import installed
 from .merge import Partial, merge_into
 from .reference import Bands, attend_cached_reference, attend_reference
 from .tiles import Tile, attend_tiles
 from .views import KVView
 
 _HALF = (torch.bfloat16, torch.float16)
+_TO_FLOAT32 = (*_HALF, torch.float32)
+_CUDA = "needs a CUDA device"
 
 
 class Case(NamedTuple):
@@ -60,17 +63,34 @@ class AttendCached(Protocol):
     ) -> Partial: ...
 
 
+class AttendUnified(Protocol):
+    """`attend_cached` with a shift for each query head, phi_H, in place of maxima."""
+
+    def __call__(
+        self,
+        q_BTHD: Tensor,
+        kv: KVView,
+        bands: Bands,
+        scale: float,
+        softcap: float | None,
+        into: Partial | None,
+        phi_H: Tensor,
+    ) -> Partial: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """`unsupported` gives the reason why a case cannot run, None if it can.
 
-    Without `attend_cached`, a KVView is read segment by segment through `attend`.
+    Without `attend_cached`, a KVView is read segment by segment through `attend`; without
+    `attend_unified` there is no unified max.
     """
 
     name: str
     unsupported: Callable[[Case], str | None]
     attend: Attend
     attend_cached: AttendCached | None = None
+    attend_unified: AttendUnified | None = None
 
 
 class Choice(NamedTuple):
@@ -116,13 +136,27 @@ def _choose(name: str, case: Case) -> Choice:
 
 def _auto(case: Case, what: str) -> Choice:
     refused: list[str] = []
-    for name in _AUTO.get(case.device.type, ("reference",)):
+    order, measured = _order(case.device)
+    for name in order:
         why = BACKENDS[name].unsupported(case)
         if not why:
             passed = f"; passed over {', '.join(refused)}" if refused else ""
-            return Choice(BACKENDS[name], f"kernel {name} is the first choice for {what}{passed}.")
+            guess = "" if measured else "; the order was not measured on such a card"
+            reason = f"kernel {name} is the first choice for {what}{passed}{guess}."
+            return Choice(BACKENDS[name], reason)
         refused.append(f"{name} ({why})")
     raise ValueError(f"kernel=auto: nothing runs {what}: {', '.join(refused)}")
+
+
+def _order(device: torch.device) -> tuple[tuple[str, ...], bool]:
+    """The back ends to try in turn, and whether their order comes from measurements."""
+    kind = device.type
+    if kind == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        kind = f"sm_{major}{minor}"
+    if kind in _AUTO:
+        return _AUTO[kind], True
+    return _AUTO.get(device.type, ("reference",)), False
 
 
 def _reference(
@@ -197,19 +231,138 @@ def _no_cudnn(case: Case) -> str | None:
 
 
 def _no_efficient(case: Case) -> str | None:
-    return _no_cuda(case, (*_HALF, torch.float32), 65536)
+    return _no_cuda(case, _TO_FLOAT32, 65536)
+
+
+def _no_flex(case: Case) -> str | None:
+    """Compiled for CUDA it has no dims below 16; the unfused form on the CPU takes any."""
+    why = "has no softcap" if case.softcap is not None else _not_of(case, _TO_FLOAT32)
+    if why or case.device.type == "cpu":
+        return why
+    if case.device.type != "cuda":
+        return "runs on cpu and cuda"
+    if not torch.cuda.is_available():
+        return _CUDA
+    if not 16 <= case.head_dim <= 256:
+        return "takes head dims from 16 to 256"
+    return _no_ampere(case)
+
+
+def _no_fa3(case: Case) -> str | None:
+    why = _no_cuda(case, _HALF, 256)
+    if why:
+        return why
+    if torch.cuda.get_device_capability(case.device) != (9, 0):
+        return "runs on Hopper only"
+    module = installed(packages.FA3)
+    if module is None:
+        return f"needs FlashAttention-3: a module {' or '.join(packages.FA3)}"
+    bfloat16_only = module == "fa3_fwd_interface" and case.dtype != torch.bfloat16
+    return "takes bfloat16 only, as fa3-fwd builds it" if bfloat16_only else None
+
+
+def _no_fa4(case: Case) -> str | None:
+    why = _no_cuda(case, _HALF, 256)
+    if why:
+        return why
+    major, _ = torch.cuda.get_device_capability(case.device)
+    if major not in (9, 10, 11):
+        return "needs compute capability 9, 10 or 11"
+    if major > 9 and 128 < case.head_dim < 256:
+        return "takes head dims up to 128, and 256, on Blackwell"
+    return None if installed(packages.FA4) else "needs the package flash-attn-4"
+
+
+def _no_flashinfer(case: Case) -> str | None:
+    why = _no_cuda(case, _HALF, 256)
+    if why:
+        return why
+    if case.head_dim not in (64, 128, 256):  # it compiles others too, and reads past their ends
+        return "takes head dims 64, 128 and 256"
+    return None if installed(packages.FLASHINFER) else "needs the package flashinfer-python"
+
+
+def _triton(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    band: Band | None,
+    scale: float,
+    softcap: float | None,
+    into: Partial | None,
+) -> Partial:
+    from . import triton_backend  # where there is no Triton, nothing else needs it
+
+    return triton_backend.attend(q_BTHD, k_BTHD, v_BTHD, band, scale, softcap, into)
+
+
+def _triton_cached(
+    q_BTHD: Tensor,
+    kv: KVView,
+    bands: Bands,
+    scale: float,
+    softcap: float | None,
+    into: Partial | None,
+) -> Partial:
+    from . import triton_backend
+
+    return triton_backend.attend_cached(q_BTHD, kv, bands, scale, softcap, into)
+
+
+def _triton_unified(
+    q_BTHD: Tensor,
+    kv: KVView,
+    bands: Bands,
+    scale: float,
+    softcap: float | None,
+    into: Partial | None,
+    phi_H: Tensor,
+) -> Partial:
+    from . import triton_decode
+
+    return triton_decode.decode(q_BTHD, kv, bands, scale, softcap, into, phi_H=phi_H)
+
+
+def _no_triton(case: Case) -> str | None:
+    if not installed(("triton",)):
+        return "needs the package triton"
+    why = _not_of(case, _TO_FLOAT32)
+    if why or case.head_dim > 256:
+        return why or "takes head dims up to 256"
+    if case.device.type == "cpu" and _interpreted():
+        wrong = case.dtype == torch.bfloat16
+        return "bfloat16 is wrong in Triton's interpreter" if wrong else None
+    if case.device.type != "cuda" or not torch.cuda.is_available():
+        return _CUDA
+    return _no_ampere(case)
+
+
+def _interpreted() -> bool:
+    from . import triton_tools
+
+    return triton_tools.interpreting()
 
 
 def _no_cuda(case: Case, dtypes: tuple[torch.dtype, ...], most: int) -> str | None:
-    """What PyTorch's fused CUDA attentions share."""
+    """What the fused CUDA attentions share."""
     if case.device.type != "cuda" or not torch.cuda.is_available():
-        return "needs a CUDA device"
+        return _CUDA
     if case.softcap is not None:
         return "has no softcap"
-    if case.dtype not in dtypes:
-        return "takes " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    why = _not_of(case, dtypes)
+    if why:
+        return why
     if case.head_dim % 8 or case.head_dim > most:
         return f"takes head dims that are multiples of 8 up to {most}"
+    return _no_ampere(case)
+
+
+def _not_of(case: Case, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return None if case.dtype in dtypes else f"takes {names}"
+
+
+def _no_ampere(case: Case) -> str | None:
     old = torch.cuda.get_device_capability(case.device) < (8, 0)
     return "needs compute capability 8.0" if old else None
 
@@ -218,8 +371,14 @@ _TABLE = (
     _tiled("torch", _no_torch, _torch),
     _tiled("cudnn", _no_cudnn, torch_cuda.cudnn),
     _tiled("efficient", _no_efficient, torch_cuda.efficient),
+    Backend("triton", _no_triton, _triton, _triton_cached, _triton_unified),
+    _tiled("flex", _no_flex, torch_flex.tile),
+    _tiled("fa3", _no_fa3, packages.fa3),
+    _tiled("fa4", _no_fa4, packages.fa4),
+    _tiled("flashinfer", _no_flashinfer, packages.flashinfer),
     Backend("reference", _no_floating, _reference, _reference_cached),
 )
 BACKENDS = {backend.name: backend for backend in _TABLE}
-# By device; cudnn is not picked unasked: it builds a graph per shape, hence per decoded token.
-_AUTO = {"cpu": ("torch", "reference"), "cuda": ("torch", "efficient", "reference")}
+# By device, or by its class where that was measured (benchmarks/gpu).  cudnn is not picked
+# unasked: it builds a graph per shape, hence per decoded token.
+_AUTO = {"cpu": ("torch", "reference"), "cuda": ("torch", "efficient", "triton", "reference")}

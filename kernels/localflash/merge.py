@@ -6,8 +6,13 @@ Source: the formula of Ring Attention (Liu et al. 2023, section 3)
 and FlashAttention (Dao 2022, section 3.1) written for normalised partials.
 """
 
+from functools import lru_cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from .installed import installed
 
 Partial = tuple[Tensor, Tensor]  # out (B, T, H, D), lse (B, H, T)
 
@@ -27,6 +32,20 @@ def empty_partial(q_BTHD: Tensor) -> Partial:
     return out_BTHD, lse_BHT
 
 
+def _fused(x: Tensor) -> ModuleType | None:
+    """The kernels that merge in one pass, where x is on a device that has them."""
+    return _kernels() if x.is_cuda and x.dtype != torch.float64 else None
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType | None:
+    if not installed(("triton",)):
+        return None
+    from . import triton_merge
+
+    return triton_merge
+
+
 def merge_into(out_BTHD: Tensor, lse_BHT: Tensor, out_b_BTHD: Tensor, lse_b_BHT: Tensor) -> None:
     """Merge partial b into (out, lse), in place; all may be strided views.
 
@@ -34,6 +53,11 @@ def merge_into(out_BTHD: Tensor, lse_BHT: Tensor, out_b_BTHD: Tensor, lse_b_BHT:
     """
     if out_BTHD.dtype != accumulator_dtype(out_BTHD.dtype):
         raise ValueError(f"out has dtype {out_BTHD.dtype}: partials merge in float32 or float64")
+    fused = _fused(out_BTHD)
+    if fused is not None:
+        parts = out_b_BTHD.unsqueeze(0), lse_b_BHT.unsqueeze(0)
+        fused.merge_partials(*parts, out_BTHD, lse_BHT, into=True)
+        return
     lse_b_BHT = lse_b_BHT.to(lse_BHT.dtype)
     # sigmoid(b - a) is exp(b - logaddexp(a, b)) without the rounding of a large lse. The clamp
     # makes it 0 where b is -inf, 1 where only a is, and never NaN: only b can stay infinite.
@@ -57,6 +81,9 @@ def merge_many(outs_NBTHD: Tensor, lses_NBHT: Tensor) -> Partial:
         counts = f"{outs_NBTHD.shape[0]} outs and {lses_NBHT.shape[0]} lses"
         raise ValueError(f"{counts}: merge_many needs one of each per partial, at least one")
     dtype = accumulator_dtype(outs_NBTHD.dtype)
+    fused = _fused(outs_NBTHD)
+    if fused is not None and dtype == torch.float32:
+        return fused.merge_many(outs_NBTHD, lses_NBHT)
     lses_NBHT = lses_NBHT.to(dtype)
     # With the largest weight at 1 the sum is at least 1, except where every lse is -inf.
     top_BHT = lses_NBHT.amax(0).clamp_min(torch.finfo(dtype).min)

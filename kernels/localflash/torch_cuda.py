@@ -13,7 +13,7 @@ from .merge import Partial
 
 def flash(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, causal: bool, scale: float) -> Partial:
     """FlashAttention-2. Its `causal` is bottom-right; tiles are square."""
-    q, k, v = (_rows_dense(x) for x in (q_BTHD, k_BTHD, v_BTHD))
+    q, k, v = (rows_dense(x) for x in (q_BTHD, k_BTHD, v_BTHD))
     kernel = torch.ops.aten._flash_attention_forward.default
     sizes = (None, None, q.shape[1], k.shape[1])  # no cumulative lengths: one length for all
     out_BTHD, lse_BHT, *_ = kernel(q, k, v, *sizes, 0.0, causal, False, scale=scale)
@@ -24,7 +24,7 @@ def cudnn(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, causal: bool, scale: f
     """cuDNN's graph, built anew for each new shape: for repeated shapes, not for decoding."""
     if k_BTHD.shape[1] == 1:  # which cuDNN refuses
         return _one_key(q_BTHD, k_BTHD, v_BTHD, scale)
-    q, k, v = (_rows_dense(x).transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+    q, k, v = (rows_dense(x).transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     kernel = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     out_BHTD, lse_BHT1, *_ = kernel(q, k, v, None, True, 0.0, causal, False, scale=scale)
     lse_BHT = lse_BHT1.squeeze(3) if lse_BHT1.ndim == 4 else lse_BHT1
@@ -37,10 +37,10 @@ def efficient(
     """The memory-efficient kernel; it knows no groups: member g of all groups at a time."""
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention.default
     group = q_BTHD.shape[2] // k_BTHD.shape[2]
-    k, v = (_rows_dense(x).transpose(1, 2) for x in (k_BTHD, v_BTHD))
+    k, v = (rows_dense(x).transpose(1, 2) for x in (k_BTHD, v_BTHD))
     outs, lses = [], []
     for g in range(group):
-        q = _rows_dense(q_BTHD[:, :, g::group]).transpose(1, 2)
+        q = rows_dense(q_BTHD[:, :, g::group]).transpose(1, 2)
         out_BHTD, lse_BHT, *_ = kernel(q, k, v, None, True, 0.0, causal, scale=scale)
         outs.append(out_BHTD.transpose(1, 2))
         lses.append(_normal(lse_BHT, q_BTHD.shape[1]))
@@ -60,7 +60,7 @@ def _one_key(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float) -> Pa
     return out_BTHGD.flatten(2, 3), lse_BTHG.flatten(2, 3).transpose(1, 2)
 
 
-def _rows_dense(x_BTHD: Tensor) -> Tensor:
+def rows_dense(x_BTHD: Tensor) -> Tensor:
     """The kernels take any strides but the last, and rows that start at 16 bytes."""
     step = 16 // x_BTHD.element_size()
     aligned = all(s % step == 0 for s in x_BTHD.stride()[:3]) and x_BTHD.data_ptr() % 16 == 0

@@ -326,7 +326,7 @@ def test_damaged_weights(refused, model_copy, damage, start):
         ("stratgy=ring", ["did you mean strategy?"]),
         ("strategy=rign", ["strategy=rign", "did you mean ring?", "dense, ring, star"]),
         ("transport=glooo", ["did you mean gloo?", "auto, gloo, nccl, threads"]),
-        ("kernel=tritn", ["kernel=tritn", "allowed: auto"]),
+        ("kernel=tritn", ["kernel=tritn", "did you mean triton?"]),
         ("model=smollm", ["did you mean smollm2?"]),
         ("experiment=lapttop", ["did you mean laptop?"]),
         ("strategy=", ["strategy=", "allowed"]),
@@ -530,6 +530,14 @@ def test_kernel_that_cannot_run_here(refused, monkeypatch, chat, start):
     line = refused(*ask(chat), *start, "kernel=cudnn")
     says(line, "kernel=cudnn: ", "needs a CUDA device", "available: auto, ")
     assert line.count("kernel=cudnn") == 1
+    line = refused(*ask(chat), *start, "kernel=triton")
+    says(line, "kernel=triton: ", "needs a CUDA device")
+
+
+@pytest.mark.parametrize("start", [[], ["launch.nproc=2"]])
+def test_unified_max_without_a_kernel_that_has_it(refused, chat, start):
+    line = refused(*ask(chat), *start, "kernel=torch", "kernel.unified_max=true")
+    says(line, "kernel.unified_max=true: ", "kernel torch has none", "kernel=triton")
 
 
 # -- outputs -----------------------------------------------------------------------------------

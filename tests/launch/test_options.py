@@ -34,6 +34,7 @@ OPTIONS = [
     "generation.stop",
     "generation.temperature",
     "generation.top_p",
+    "kernel.unified_max",
     "launch.nproc",
     "launch.report",
     "launch.traceback",
@@ -77,7 +78,18 @@ COMPARE_OPTIONS = sorted(
 CHOICES = {
     "strategy": ["dense", "ring", "star"],
     "transport": ["auto", "gloo", "nccl", "threads"],
-    "kernel": ["auto", "cudnn", "efficient", "reference", "torch"],
+    "kernel": [
+        "auto",
+        "cudnn",
+        "efficient",
+        "fa3",
+        "fa4",
+        "flashinfer",
+        "flex",
+        "reference",
+        "torch",
+        "triton",
+    ],
     "model": ["hf", "smollm2"],
     "experiment": ["chunked", "laptop"],
 }

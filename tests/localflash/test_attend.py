@@ -60,7 +60,8 @@ def agree(got, q, k, v, band, tol=None, **options):
     torch.testing.assert_close(got[1][~empty].double(), want[1][~empty], rtol=tol, atol=4 * tol)
 
 
-ON_CPU = [name for name in BACKENDS if name not in ("cudnn", "efficient")]
+ANY_CPU = Case(torch.device("cpu"), torch.float32, D, None)
+ON_CPU = [name for name, b in BACKENDS.items() if b.unsupported(ANY_CPU) != "needs a CUDA device"]
 EVERY = pytest.mark.parametrize(
     ("name", "device"), [(n, "cpu") for n in ON_CPU] + [(n, "cuda") for n in BACKENDS]
 )

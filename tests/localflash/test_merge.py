@@ -117,6 +117,29 @@ def test_a_large_lse_does_not_blur_the_weights():
     close(merge(a[0], lse_a, b[0], lse_b), exact((a[0], lse_a), (b[0], lse_b)), 1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [0.0, 5.0, -80.0, 1000.0])
+def test_on_every_device(device, dtype, gap):
+    """Definition, empty rows, exact ends, strided views: what the rest of this file asks too."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    parts = [partial(seed, gap * seed, 0.3, dtype) for seed in range(5)]
+    there = [tuple(x.to(device) for x in part) for part in parts]
+    outs, lses = (torch.stack([part[i] for part in there]) for i in (0, 1))
+    tol = 2e-6 + 4e-7 * max(abs(5 * gap), 10.0)
+    want = [x.to(device) for x in exact(*parts)]
+    close(merge_many(outs, lses), want, tol)
+    out, lse = there[0]
+    running = out.repeat_interleave(2, 1)[:, ::2], lse.repeat_interleave(2, 2)[:, :, ::2]
+    for part in there[1:]:
+        merge_into(*running, *part)
+    close(running, want, tol)
+    none = empty_partial(there[0][0])
+    for got in (merge(*there[0], *none), merge(*none, *there[0])):
+        assert all(torch.equal(a, b) for a, b in zip(got, there[0], strict=True))
+
+
 def test_float64_stays_float64():
     a, b = partial(1, dtype=torch.float64), partial(2, dtype=torch.float64)
     close(merge(*a, *b), exact(a, b), 1e-14)

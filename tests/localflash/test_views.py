@@ -1,10 +1,13 @@
 # python -m pytest tests/localflash/test_views.py -q
 """Cached KV: paged against dense, read through views of the pool."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from localflash import (
+    BACKENDS,
     Band,
     DenseKV,
     PagedKV,
@@ -12,7 +15,6 @@ from localflash import (
     attend_cached,
     attend_cached_reference,
     attend_reference,
-    available,
     merge,
 )
 from localflash.backends import Case
@@ -20,21 +22,51 @@ from localflash.backends import Case
 H, HKV, D, PAGE, POOL = 6, 2, 16, 8, 24
 TABLE = torch.tensor([[4, 5, 6, 7, 8], [20, 3, 4, 11, 12], [23, 0, 0, 0, 0], [1, 1, 2, 0, 9]])
 LENGTHS = [37, 33, 0, 8]
-NAMES = available(Case(torch.device("cpu"), torch.float32, D, None))
-BY_NAME = pytest.mark.parametrize("name", NAMES)
+BY_NAME = pytest.mark.parametrize(
+    ("name", "device"), [(name, device) for device in ("cpu", "cuda") for name in BACKENDS]
+)
+# of an output that a kernel may round to the dtype
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def pool(seed=0, dtype=torch.float32):
+@dataclass(frozen=True)
+class Place:
+    """Where a back end runs, and in what."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def agree(self, got, want) -> None:
+        tol = TOLERANCE[self.dtype]
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+def place(name: str, device: str) -> Place:
+    """In float32 where the back end takes it; skips where it cannot run, with its reason."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"{name}: no CUDA device here")
+    for dtype in TOLERANCE:
+        why = BACKENDS[name].unsupported(Case(torch.device(device), dtype, D, None))
+        if not why:
+            return Place(device, dtype)
+    pytest.skip(f"{name}: {why}")
+
+
+HERE = Place()
+
+
+def pool(seed=0, at=HERE):
     torch.manual_seed(seed)
-    return torch.randn(POOL, PAGE, HKV, D, dtype=dtype)
+    return torch.randn(POOL, PAGE, HKV, D).to(at.device, at.dtype)
 
 
-def paged(**changes) -> PagedKV:
+def paged(at=HERE, **changes) -> PagedKV:
     fields = {
-        "k_pool": pool(1),
-        "v_pool": pool(2),
-        "block_table": TABLE,
-        "lengths": torch.tensor(LENGTHS),
+        "k_pool": pool(1, at),
+        "v_pool": pool(2, at),
+        "block_table": TABLE.to(at.device),
+        "lengths": torch.tensor(LENGTHS, device=at.device),
     }
     return PagedKV(**(fields | changes))
 
@@ -43,72 +75,76 @@ def dense(kv: PagedKV, b: int):
     """Sequence b token by token, without any of the code under test."""
     where = [divmod(t, PAGE) for t in range(int(kv.lengths[b]))]
     rows = [[p[kv.block_table[b, i], j] for i, j in where] for p in (kv.k_pool, kv.v_pool)]
-    return [torch.stack(r)[None] if r else torch.empty(1, 0, HKV, D) for r in rows]
+    return [torch.stack(r)[None] if r else kv.k_pool.new_empty(1, 0, HKV, D) for r in rows]
 
 
-def queries(tq=3):
+def queries(tq=3, at=HERE):
     torch.manual_seed(5)
-    return torch.randn(len(LENGTHS), tq, H, D)
+    return torch.randn(len(LENGTHS), tq, H, D).to(at.device, at.dtype)
+
+
+def numbers(at, *shape):
+    return torch.randn(*shape).to(at.device, at.dtype)
 
 
 @BY_NAME
 @pytest.mark.parametrize("table_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bands", [None, Band(20, 1, 0, 1), Band(30, 1, 0, 1, 9)])
-def test_paged_equals_dense(name, table_dtype, bands):
-    q, kv = queries(), paged(block_table=TABLE.to(table_dtype))
+def test_paged_equals_dense(name, device, table_dtype, bands):
+    at = place(name, device)
+    q, kv = queries(at=at), paged(at, block_table=TABLE.to(device, table_dtype))
     out, lse = attend_cached(q, kv, bands, backend=name)
     for b in range(len(LENGTHS)):
         want = attend_reference(q[b : b + 1], *dense(kv, b), bands)
-        torch.testing.assert_close(out[b : b + 1], want[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(lse[b : b + 1], want[1], rtol=1e-5, atol=1e-5)
+        at.agree((out[b : b + 1], lse[b : b + 1]), want)
 
 
 @BY_NAME
-def test_each_sequence_its_band(name):
-    q, kv = queries(), paged()
+def test_each_sequence_its_band(name, device):
+    at = place(name, device)
+    q, kv = queries(at=at), paged(at)
     bands = [Band(n // 2, 1, 0, 1) if n else None for n in LENGTHS]
     out, lse = attend_cached(q, kv, bands, backend=name)
     for b, band in enumerate(bands):
         want = attend_reference(q[b : b + 1], *dense(kv, b), band)
-        torch.testing.assert_close(out[b : b + 1], want[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(lse[b : b + 1], want[1], rtol=1e-5, atol=1e-5)
+        at.agree((out[b : b + 1], lse[b : b + 1]), want)
 
 
 @BY_NAME
 @pytest.mark.parametrize("each", [False, True])
-def test_dense_view_equals_attend(name, each):
-    q, k, v = queries(), torch.randn(4, 19, HKV, D), torch.randn(4, 19, HKV, D)
+def test_dense_view_equals_attend(name, device, each):
+    at = place(name, device)
+    q, k, v = queries(at=at), numbers(at, 4, 19, HKV, D), numbers(at, 4, 19, HKV, D)
     band = Band(6, 1, 0, 2)
     got = attend_cached(q, DenseKV(k, v), [band] * 4 if each else band, backend=name)
-    for a, b in zip(got, attend(q, k, v, band, backend=name), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    at.agree(got, attend(q, k, v, band, backend=name))
 
 
 @BY_NAME
-def test_into_accumulates(name):
-    q, kv = queries(), paged()
-    own = torch.randn(4, 5, HKV, D)
-    into = attend(q, own, own)
+def test_into_accumulates(name, device):
+    at = place(name, device)
+    q, kv = queries(at=at), paged(at)
+    own = numbers(at, 4, 5, HKV, D)
+    into = attend(q, own, own, backend=name)
     want = merge(*into, *attend_cached_reference(q, kv))
     got = attend_cached(q, kv, into=into, backend=name)
     assert got[0] is into[0] and got[1] is into[1]
-    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
+    at.agree(got, want)
 
 
 @BY_NAME
-def test_scales_widen_a_quantised_pool(name):
-    scale = torch.tensor([0.5, 3.0])
-    low = {n: pool(i).to(torch.float8_e4m3fn) for i, n in enumerate(("k_pool", "v_pool"))}
-    kv = paged(**low, k_scale=scale, v_scale=2 * scale)
+def test_scales_widen_a_quantised_pool(name, device):
+    at = place(name, device)
+    scale = torch.tensor([0.5, 3.0], device=device)
+    low = {n: pool(i, at).to(torch.float8_e4m3fn) for i, n in enumerate(("k_pool", "v_pool"))}
+    kv = paged(at, **low, k_scale=scale, v_scale=2 * scale)
     wide = paged(
+        at,
         k_pool=low["k_pool"].float() * scale[:, None],
         v_pool=low["v_pool"].float() * 2 * scale[:, None],
     )
-    q = queries()
-    got = attend_cached(q, kv, backend=name)
-    for a, b in zip(got, attend_cached_reference(q, wide), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    q = queries(at=at)
+    at.agree(attend_cached(q, kv, backend=name), attend_cached_reference(q, wide))
 
 
 def test_runs_are_views_of_the_pool():

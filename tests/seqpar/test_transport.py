@@ -3,12 +3,15 @@
 One contract suite for both transports: each case is per-rank code that asserts.
 """
 
+import multiprocessing as mp
 import os
+import time
 
 import pytest
 import torch
 
-from seqpar import TransportError
+from seqpar import TransportError, spawn
+from seqpar.spawn import Start
 from tests.support.ranks import in_processes, in_threads
 
 RUNNERS = {"threads": in_threads, "gloo": in_processes}
@@ -103,8 +106,12 @@ def subgroups_number_their_own_ranks(t):
 
 def phases_are_seen_by_all(t):
     t.publish(f"phase of {t.rank}")
+    want = {rank: f"phase of {rank}" for rank in range(t.world_size)}
+    until = time.monotonic() + 10
+    while t.phases() != want and time.monotonic() < until:
+        time.sleep(0.01)  # a store answers its writers at once, and its readers when it has come
+    assert t.phases() == want
     t.barrier()
-    assert t.phases() == {rank: f"phase of {rank}" for rank in range(t.world_size)}
 
 
 def counters_count_payload(t):
@@ -193,3 +200,37 @@ def run_contract(t):
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_contract(runner, world):
     RUNNERS[runner](world, run_contract)
+
+
+def shift_sends_what_is_not_contiguous(t):
+    value, got = tagged(t.rank, 12).view(3, 4).t(), torch.empty(4, 3)
+    t.shift([value], [got]).wait()
+    assert torch.equal(got, tagged((t.rank - 1) % t.world_size, 12).view(3, 4).t())
+
+
+def staged_contract(t):
+    assert t._staged
+    run_contract(t)
+    shift_sends_what_is_not_contiguous(t)
+    assert t.subgroup(range(t.world_size))._staged
+
+
+def test_contract_through_host_copies():
+    """What gloo does with CUDA tensors, here with those of the CPU."""
+    in_processes(3, staged_contract, start=Start(staged=True))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_strides_are_free_in_what_is_sent(runner):
+    RUNNERS[runner](2, shift_sends_what_is_not_contiguous)
+
+
+def environment_is_there_before_connecting(t):
+    assert os.environ["SOME_SETTING"] == "3"
+    shift_moves_both_ways(t)
+
+
+def test_ranks_started_afresh_as_cuda_needs(monkeypatch):
+    monkeypatch.setattr(spawn, "_context", lambda start, preload: mp.get_context("spawn"))
+    start = Start(environment={"SOME_SETTING": "3"})
+    in_processes(2, environment_is_there_before_connecting, start=start)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seqpar import ThreadWorld
-from seqpar.spawn import run_processes
+from seqpar.spawn import Start, run_processes
 
 _PRELOAD = ["torch", "transformers", "transformers.models.llama", "ringstar", "ringattn"]
 
@@ -17,6 +17,12 @@ def in_threads(world: int, rank_fn: Callable[..., Any], *args: Any, **options: A
     return ranks.run(lambda transport: rank_fn(transport, *args))
 
 
-def in_processes(world: int, rank_fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """The same in `world` gloo processes; `rank_fn` must be importable."""
-    return run_processes(world, rank_fn, *args, timeout_s=300, preload=_PRELOAD)
+def in_processes(
+    world: int,
+    rank_fn: Callable[..., Any],
+    *args: Any,
+    start: Start | None = None,
+    timeout_s: float = 300,
+) -> list[Any]:
+    """The same in `world` processes, gloo unless `start` says so; `rank_fn` must be importable."""
+    return run_processes(world, rank_fn, *args, timeout_s=timeout_s, preload=_PRELOAD, start=start)
