@@ -24,6 +24,7 @@ from .merge import Partial, empty_partial
 from .reference import Bands
 from .triton_merge import merge_partials, merge_rows
 from .triton_tools import (
+    FUSE,
     LOG2E,
     band_args,
     block_d,
@@ -44,6 +45,9 @@ from .views import DenseKV, KVView, PagedKV
 _MOST_ROWS = 64  # of a tile: more rows are further tiles, each of which reads the keys again
 _MOST_SPLITS = 128
 _TILE_BYTES = 16384
+# these change from call to call: no kernel of their own for multiples of 16, or for 1
+_VOLATILE = ["splits", "sl_b", "sl_h"]
+_BAND = ["sl_s", "gap", "q_step", "k_step", "window"]
 
 
 class Source(NamedTuple):
@@ -180,6 +184,7 @@ class _Run(NamedTuple):
             "PRECISION": precision(q.dtype),
             # float32 products run outside the matrix units, in registers
             "num_warps": 8 if q.dtype == torch.float32 else 4,
+            **FUSE,
             "num_stages": 1 if q.dtype == torch.float32 else 3,
         }
         grid = (self.tiles * self.splits, heads_kv, B)
@@ -198,7 +203,7 @@ def _unified(run: _Run, phi_H: Tensor, out: Partial, into: bool) -> None:
     options = {"HEAD_DIM": dim, "BLOCK_D": block_d(dim), "ROWS": rows, "INTO": into}
     tensors = (sums_SBTHD, rounded_SBHT, exact_SBHT, phi_H, flags_BHT, *out)
     grid = (triton.cdiv(B * tokens * heads, rows),)
-    launch(lambda: _add[grid](*tensors, *numbers, **options, num_warps=4), phi_H.device)
+    launch(lambda: _add[grid](*tensors, *numbers, **options, num_warps=4, **FUSE), phi_H.device)
     again = run._replace(splits=1)
     again.start(*out, into=into, flags_BHT=flags_BHT)
 
@@ -277,7 +282,7 @@ def _keys(
     return tl.load(at, mask=mask, other=0.0).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_VOLATILE, "tokens", "capacity", "table_step", *_BAND])
 def _decode(
     q,
     k,
@@ -467,7 +472,7 @@ def _decode(
         tl.store(at_lse, natural, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_VOLATILE, "rows", "tokens"])
 def _add(
     sums,
     rounded,

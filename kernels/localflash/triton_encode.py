@@ -19,6 +19,7 @@ from torch import Tensor
 from .band import Band
 from .merge import Partial, empty_partial
 from .triton_tools import (
+    FUSE,
     LOG2E,
     BandArgs,
     band_args,
@@ -38,6 +39,8 @@ from .triton_tools import (
 )
 
 _HALF = (torch.bfloat16, torch.float16)
+# these change from call to call: no kernel of their own for multiples of 16, or for 1
+_VOLATILE = ["rows", "keys", "sl_b", "sl_h"]
 
 
 class Tiling(NamedTuple):
@@ -137,6 +140,7 @@ def _launch(
         "INTO": into is not None,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        **FUSE,
     }
     capped = softcap is not None
     factor = scale if capped else scale * LOG2E
@@ -153,7 +157,11 @@ def _launch(
         *lse_BHT.stride(),
     )
     tensors = (q_BTHD, k_BTHD, v_BTHD, out_BTHD, lse_BHT)
-    launch(lambda: kernel[grid](*tensors, *strides, *sizes, *numbers, **options), q_BTHD.device)
+    launch(
+        lambda: kernel[grid](*tensors, *strides, *sizes, *numbers, **options),
+        q_BTHD.device,
+        scratch=bulk,
+    )
     return out_BTHD, lse_BHT
 
 
@@ -263,7 +271,7 @@ def _write(
     tl.store(lse + i64 * sl_t, natural, mask=i < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VOLATILE)
 def _full(
     q,
     k,
@@ -381,7 +389,7 @@ def _visit(
     return acc, l, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_VOLATILE, "gap", "q_step", "k_step", "window"])
 def _banded(
     q,
     k,

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .merge import Partial
-from .triton_tools import block_d, launch, merged
+from .triton_tools import FUSE, block_d, launch, merged
 
-_WARPS = 4
+# these change from call to call: no kernel of their own for multiples of 16, or for 1
+_VOLATILE = ["sm_n", "sm_b", "sm_h", "sl_b", "sl_h"]
 
 
 def merge_partials(
@@ -29,10 +30,11 @@ def merge_partials(
     strides = (x.stride() for x in (outs_NBTHD, lses_NBHT, out_BTHD, lse_BHT))
     numbers = (rows, T, H, count, *(s for each in strides for s in each))
     options = {"HEAD_DIM": D, "BLOCK_D": block_d(D), "ROWS": merge_rows(D), "INTO": into}
+    options |= {"num_warps": 4, "num_stages": 2, **FUSE}
     grid = (triton.cdiv(rows, merge_rows(D)),)
     tensors = (outs_NBTHD, lses_NBHT, out_BTHD, lse_BHT)
     launch(
-        lambda: _merge[grid](*tensors, *numbers, **options, num_warps=_WARPS, num_stages=2),
+        lambda: _merge[grid](*tensors, *numbers, **options),
         out_BTHD.device,
     )
 
@@ -50,7 +52,7 @@ def merge_many(outs_NBTHD: Tensor, lses_NBHT: Tensor) -> Partial:
     return out_BTHD, lse_BHT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T", "count", *_VOLATILE])
 def _merge(
     outs,
     lses,

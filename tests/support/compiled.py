@@ -27,7 +27,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ def compiled(launch, capability: int) -> Compiled:
             constants[name] = options[name]
             continue
         value = arguments[index]
+        if parameter.do_not_specialize:
+            signature[name] = _type(value, of_its_own=False)
+            continue
         signature[name] = _type(value)
         if signature[name] == "constexpr":
             constants[name] = value
@@ -97,12 +100,14 @@ def compiled(launch, capability: int) -> Compiled:
     )
 
 
-def _type(value) -> str:
+def _type(value, *, of_its_own: bool = True) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    if value is None or value == 1:  # Triton makes a kernel of its own for a stride of 1
+    if value is None or (
+        value == 1 and of_its_own
+    ):  # Triton makes a kernel of its own for a stride of 1
         return "constexpr"
     return "i32" if abs(value) < 2**31 else "i64"
 
