@@ -7,7 +7,7 @@ B batch, T tokens, H query heads, Hkv KV heads, D head dim.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -282,45 +282,15 @@ def _no_flashinfer(case: Case) -> str | None:
     return None if installed(packages.FLASHINFER) else "needs the package flashinfer-python"
 
 
-def _triton(
-    q_BTHD: Tensor,
-    k_BTHD: Tensor,
-    v_BTHD: Tensor,
-    band: Band | None,
-    scale: float,
-    softcap: float | None,
-    into: Partial | None,
-) -> Partial:
-    from . import triton_backend  # where there is no Triton, nothing else needs it
+def _of_triton(name: str) -> Any:
+    """A function of our kernels, imported when first called: elsewhere there may be no Triton."""
 
-    return triton_backend.attend(q_BTHD, k_BTHD, v_BTHD, band, scale, softcap, into)
+    def call(*arguments: Any) -> Partial:
+        from . import triton_backend
 
+        return getattr(triton_backend, name)(*arguments)
 
-def _triton_cached(
-    q_BTHD: Tensor,
-    kv: KVView,
-    bands: Bands,
-    scale: float,
-    softcap: float | None,
-    into: Partial | None,
-) -> Partial:
-    from . import triton_backend
-
-    return triton_backend.attend_cached(q_BTHD, kv, bands, scale, softcap, into)
-
-
-def _triton_unified(
-    q_BTHD: Tensor,
-    kv: KVView,
-    bands: Bands,
-    scale: float,
-    softcap: float | None,
-    into: Partial | None,
-    phi_H: Tensor,
-) -> Partial:
-    from . import triton_decode
-
-    return triton_decode.decode(q_BTHD, kv, bands, scale, softcap, into, phi_H=phi_H)
+    return call
 
 
 def _no_triton(case: Case) -> str | None:
@@ -371,7 +341,7 @@ _TABLE = (
     _tiled("torch", _no_torch, _torch),
     _tiled("cudnn", _no_cudnn, torch_cuda.cudnn),
     _tiled("efficient", _no_efficient, torch_cuda.efficient),
-    Backend("triton", _no_triton, _triton, _triton_cached, _triton_unified),
+    Backend("triton", _no_triton, *map(_of_triton, ("attend", "attend_cached", "attend_unified"))),
     _tiled("flex", _no_flex, torch_flex.tile),
     _tiled("fa3", _no_fa3, packages.fa3),
     _tiled("fa4", _no_fa4, packages.fa4),

@@ -48,6 +48,19 @@ def attend_cached(
     return decode(q_BTHD, kv, bands, scale, softcap, into)
 
 
+def attend_unified(
+    q_BTHD: Tensor,
+    kv: KVView,
+    bands: Bands,
+    scale: float,
+    softcap: float | None,
+    into: Partial | None,
+    phi_H: Tensor,
+) -> Partial:
+    """`attend_cached` with the shifts phi_H (H,) float32 in place of maxima."""
+    return decode(q_BTHD, kv, bands, scale, softcap, into, phi_H=phi_H)
+
+
 def few_rows(q_BTHD: Tensor, heads_kv: int) -> bool:
     """Whether one tile holds a group's rows, or tiles of rows would fill under a quarter."""
     B, tokens, heads, _ = q_BTHD.shape
