@@ -227,7 +227,9 @@ def _verdict(runs: dict[str, Any], plain: _Plain) -> int:
     print("Next, your own document:\n")
     print("  .venv/bin/python -m launch.generate launch.nproc=4 model=smollm2 \\")
     print("      document.path=YOUR.txt question='YOUR QUESTION' output.path=result.json")
-    print("\n(model.path=DIR instead of model=smollm2 takes any llama, mistral, qwen2 or qwen3.")
+    print(
+        "\n(model.path=DIR instead of model=smollm2 takes your model: llama, qwen, mistral, gemma…"
+    )
     print("python -m launch.compare measures whether star is safe for it.)")
     return DONE
 

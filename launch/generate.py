@@ -74,7 +74,8 @@ def run_rank(config: Config, phases: Any) -> None:
     if runtime.rank == 0 and config.document.ids_path is None:
         logging.getLogger("ringstar").info(f"prompt split by {files.prompt.source}")
     with encode_bar(len(request.context_ids), shown=runtime.rank == 0) as on_progress:
-        document = runtime.encode(request.context_ids, on_progress)
+        length = len(request.context_ids) + len(request.query_ids)
+        document = runtime.encode(request.context_ids, on_progress, length=length)
     answer = runtime.ask(document, request.query_ids, on_text=print_piece)
     if runtime.rank == 0:
         print_piece("\n" if files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")

@@ -67,4 +67,4 @@ def ring_attention(
     new = DenseKV(k.contiguous(), v.contiguous())
     plan = ExtendPlan(transport.rank, runs, tuple(() for _ in runs))
     ring = Ring(transport, attend, buffers or KVBuffers())
-    return extend(q, new, new.slice(0, 0), plan, "none", ring, window).to(q.dtype)
+    return extend(q, new, new.slice(0, 0), plan, "none", ring, window)[0].to(q.dtype)

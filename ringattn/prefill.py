@@ -113,8 +113,8 @@ def extend(
     past_by: PastBy,
     ring: Ring,
     window: int | None = None,
-) -> Tensor:
-    """New tokens, sharded over ranks, against themselves and the past; float32 (B, T, H, D).
+) -> Partial:
+    """New tokens, sharded over ranks, against themselves and the past; a float32 partial.
 
     `new` and `past` are this rank's shares, in the memory order of `plan`.
     """
@@ -124,7 +124,7 @@ def extend(
         ring_pass(q_BTHD, past, plan.past_kv_steps(window), into, ring, largest_share(plan.past))
     elif past_by == "queries":
         query_pass(q_BTHD, past, plan.past_query_steps(window), into, ring)
-    return into[0]
+    return into
 
 
 def _pair(kv: DenseKV | None) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from localflash import DenseKV
+from localflash import DenseKV, Partial
 from ringattn.plan import Costs, ExtendPlan, PastBy
 from ringattn.prefill import KVBuffers, Ring, extend
 from seqpar import Attend, Layout, LayoutKind, Runs, Transport, Work, token_count
@@ -53,8 +53,8 @@ class RingExtension:
         *,
         window: int | None,
         attend: Attend,
-    ) -> Tensor:
-        """One layer's attention for this rank's new tokens; float32 (B, T, H, D)."""
+    ) -> Partial:
+        """One layer's attention for this rank's new tokens; float32, complete over all keys."""
         ring = Ring(self.transport, attend, self.buffers)
         past_by = self._past_by(q_BTHD, new, window)
         return extend(q_BTHD, new, past, self.plan, past_by, ring, window)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringstar.cache import ShardedCache
 from ringstar.config import GenerationConfig
-from ringstar.models import BoundModel
+from ringstar.models import BoundModel, PositionEmbeddings
 from ringstar.passes import ExtendPass, ReplicatedPass, turn_runs
 from ringstar.sampling import NO_TOKEN, Sampler
 from ringstar.strategies import Extension, Strategy
@@ -24,10 +24,14 @@ DUMMY_ID = 0
 
 @dataclass
 class DocumentShard:
-    """What one rank holds of an encoded document: `owned[r]` is what each rank r holds."""
+    """What one rank holds of an encoded document: `owned[r]` is what each rank r holds.
+
+    `length` is that of the whole text, which some rotary embeddings depend on.
+    """
 
     cache: ShardedCache
     tokens: int
+    length: int
     owned: tuple[Runs, ...]
     runs: Runs
     encode_s: float
@@ -61,9 +65,13 @@ class RankEngine:
         self._room = _share(answer_tokens, transport.world_size)
 
     def encode(
-        self, ids: Sequence[int], strategy: Strategy, on_progress: OnProgress
+        self, ids: Sequence[int], strategy: Strategy, on_progress: OnProgress, length: int = 0
     ) -> DocumentShard:
-        """Encode a document of at least one token; its KV stays with the ranks that made it."""
+        """Encode a document of at least one token; its KV stays with the ranks that made it.
+
+        `length` counts the positions of the whole text, if that is longer than the document.
+        """
+        length = max(length, len(ids))
         started, sent = time.perf_counter(), self._transport.counters.bytes_sent
         self._transport.check_agreement("document", list(ids))
         world, rank = self._transport.world_size, self._transport.rank
@@ -73,11 +81,11 @@ class RankEngine:
         progress = _Progress(self._model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
-            self._extend(ids, extension, cache, progress)
+            self._extend(ids, extension, cache, length, progress)
         _finish_device_work(self._transport.device)
         took = time.perf_counter() - started
         sent = self._transport.counters.bytes_sent - sent
-        return DocumentShard(cache, len(ids), owned, owned[rank], took, sent)
+        return DocumentShard(cache, len(ids), length, owned, owned[rank], took, sent)
 
     def generate(
         self, shard: DocumentShard, query_ids: Sequence[int], settings: GenerationConfig
@@ -116,13 +124,22 @@ class RankEngine:
         world = self._transport.world_size
         return _share(query_tokens, world) + _share(settings.max_new_tokens, world)
 
+    def same_rope(self, length: int, other: int) -> bool:
+        """Whether texts of these lengths are encoded alike."""
+        return self._model.rotary.same(length, other)
+
     def _extend(
-        self, ids: Sequence[int], extension: Extension, cache: ShardedCache, progress: _Progress
+        self,
+        ids: Sequence[int],
+        extension: Extension,
+        cache: ShardedCache,
+        length: int,
+        progress: _Progress,
     ) -> None:
         at = cache.append(extension.kept)
         positions_T = self._tensor(positions(extension.positions) or [0])
         context = ExtendPass(
-            self._rotary(positions_T),
+            self._rotary(positions_T, length),
             extension,
             cache,
             at,
@@ -139,7 +156,7 @@ class RankEngine:
         own = turn_runs(start, len(new), rank, world)
         positions_T = self._tensor(list(range(start, start + len(new))))
         context = ReplicatedPass(
-            self._rotary(positions_T),
+            self._rotary(positions_T, start + len(new)),
             start,
             len(new),
             own,
@@ -161,9 +178,9 @@ class RankEngine:
             raise RuntimeError("the model gave logits that are not finite")
         return int(token)
 
-    def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions_T: Tensor, length: int) -> PositionEmbeddings:
         like = torch.empty(0, dtype=self._model.dtype, device=self._model.device)
-        return self._model.rotary.plan(positions_T, like)
+        return self._model.rotary.plan(positions_T, like, length)
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import localflash
-from localflash import DenseKV
+from localflash import DenseKV, Partial, add_sinks
 from ringstar.cache import ShardedCache
+from ringstar.models import PositionEmbeddings
 from ringstar.strategies import Extension
 from ringstar.unified import UnifiedMax
 from seqpar import Attend, Run, Runs, Tile, Transport, attend_sharded, tiles, token_count
@@ -27,7 +29,7 @@ class ExtendPass:
     KV nor its result is kept, but the rank takes part in every exchange.
     """
 
-    position_embeddings: tuple[Tensor, Tensor]
+    position_embeddings: PositionEmbeddings
     extension: Extension
     cache: ShardedCache
     at: int
@@ -44,6 +46,7 @@ class ExtendPass:
         scale: float,
         softcap: float | None,
         window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         own = token_count(self.extension.positions)
         kept = token_count(self.extension.kept)
@@ -52,7 +55,7 @@ class ExtendPass:
         self.cache.write(layer, self.at, to_keep.k_BTHD, to_keep.v_BTHD)
         if kept == own:  # the cache's copy lies as kernels and transfers like it
             new = self.cache.view(layer, self.at, self.at + kept)
-        out = self.extension.attend(
+        whole = self.extension.attend(
             layer,
             q_BTHD[:, :own],
             new,
@@ -61,7 +64,7 @@ class ExtendPass:
             attend=_bound(self.kernel, scale, softcap),
         )
         self.on_layer()
-        return out.to(q_BTHD.dtype) if own else q_BTHD.new_zeros(q_BTHD.shape)
+        return _output(whole, sinks, q_BTHD.dtype) if own else q_BTHD.new_zeros(q_BTHD.shape)
 
 
 @dataclass
@@ -72,7 +75,7 @@ class ReplicatedPass:
     as positions; `start` is the position of the first one.
     """
 
-    position_embeddings: tuple[Tensor, Tensor]
+    position_embeddings: PositionEmbeddings
     start: int
     tokens: int
     own: Runs
@@ -92,18 +95,19 @@ class ReplicatedPass:
         scale: float,
         softcap: float | None,
         window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         for run in self.own:
             kept = slice(run.start - self.start, run.stop - self.start)
             self.cache.write(layer, self.at, k_BTKD[:, kept], v_BTKD[:, kept])
-        out, _ = attend_sharded(
+        whole = attend_sharded(
             q_BTHD,
             self._held(layer, k_BTKD, v_BTKD),
             self._tiles(window),
             transport=self.transport,
             attend=self._kernel_of(layer, scale, softcap),
         )
-        return out.to(q_BTHD.dtype)
+        return _output(whole, sinks, q_BTHD.dtype)
 
     def _kernel_of(self, layer: int, scale: float, softcap: float | None) -> Attend:
         if self.unified is None:
@@ -134,6 +138,12 @@ def turn_runs(start: int, tokens: int, rank: int, world: int) -> Runs:
     piece = (rank + start) % world
     run = Run(start + piece * tokens // world, start + (piece + 1) * tokens // world)
     return (run,) if len(run) else ()
+
+
+def _output(whole: Partial, sinks_H: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Attention over all keys (B, T, H, D), as the model goes on with it."""
+    out_BTHD = whole[0] if sinks_H is None else add_sinks(*whole, sinks_H)
+    return out_BTHD.to(dtype)
 
 
 def _bound(kernel: str, scale: float, softcap: float | None) -> partial:

@@ -157,11 +157,14 @@ class LongContext:
         on_progress: OnProgress | None = None,
         *,
         strategy: StrategyConfig | None = None,
+        length: int = 0,
     ) -> Document:
         """Encode a document, given as text or as token ids.
 
         `on_progress` is called on rank 0 with the share of its work that is done; `strategy`
         takes the place of the one that this LongContext was made with, on the same ranks.
+        `length` counts the positions of the document and of the question to come: models whose
+        rotary embedding depends on it (`dynamic`, `longrope`) need it; others do not.
 
         Raises:
             UserError: it is empty, has ids outside the vocabulary, is too long, or does not fit
@@ -178,7 +181,7 @@ class LongContext:
             transport.check_agreement("strategy", chosen)
             report = on_progress if on_progress and transport.rank == 0 else quiet
             made = make_strategy(chosen, self.config.encode, transport, self.files.vocab_size)
-            shard = self._engines[transport.rank].encode(ids, made, report)
+            shard = self._engines[transport.rank].encode(ids, made, report, length)
             (took,) = gather_integers(transport, [round(shard.encode_s * 1e9)])
             metrics = gather_metrics(transport, shard.cache.nbytes, shard.bytes_sent)
             return shard, metrics, max(took)
@@ -267,6 +270,14 @@ class LongContext:
     def _check_question(self, document: Document, query: int, new: int = 0) -> None:
         config = replace(self.config, strategy=document.strategy)
         check_fits(config, self.files, self.world_size, document.tokens, query, new)
+        engine, read = next(iter(self._engines.values())), document.tokens + query
+        if not engine.same_rope(document.shards[0].length, read):
+            raise UserError(
+                "document",
+                f"{document.tokens} tokens",
+                "this model's rotary embedding depends on the length of the text: encode it with"
+                f" length={read} for this question",
+            )
 
     def close(self) -> None:
         """Leave the group of ranks; the last call."""
@@ -313,6 +324,7 @@ def check_fits(
     check_strategy(config, world_size)
     check_document(config.strategy, context, world_size, files.vocab_size)
     _check_windows(config.strategy, files, context + query + new)
+    _check_rope_jump(files, context + query, new if query else 0)
     total, limit = context + query + new, files.max_positions
     if total > limit and not config.model.allow_beyond_limit:
         parts = f"{context} tokens" + (f" + question {query} + answer {new}" if query else "")
@@ -321,6 +333,18 @@ def check_fits(
             parts,
             f"{total} positions, but the model's limit is {limit};"
             " model.allow_beyond_limit=true overrides",
+        )
+
+
+def _check_rope_jump(files: ModelFiles, read: int, new: int) -> None:
+    """Past that length everything before it would have to be encoded again."""
+    after = files.rope_jumps_after
+    if after is not None and read <= after < read + new - 1:
+        raise UserError(
+            "generation.max_new_tokens",
+            new,
+            f"after {read} positions the answer would cross {after}, where this model's rotary"
+            f" embedding (longrope) changes; allowed: up to {after - read + 1}",
         )
 
 
@@ -342,7 +366,11 @@ def choose_kernel(config: Config, files: ModelFiles, device: torch.device) -> lo
     name = config.kernel.name
     try:
         choice = localflash.choose(
-            name, device=device, dtype=dtype, head_dim=_head_dim(files.config), softcap=None
+            name,
+            device=device,
+            dtype=dtype,
+            head_dim=_head_dim(files.config),
+            softcap=getattr(files.config, "attn_logit_softcapping", None),
         )
     except ValueError as error:
         raise UserError("kernel", name, str(error).removeprefix(f"kernel={name}: ")) from error

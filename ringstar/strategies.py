@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from localflash import DenseKV
+from localflash import DenseKV, Partial
 from ringattn import RingStrategy
 from ringstar.config import EncodeConfig, RingConfig, StarConfig, StrategyConfig
 from ringstar.errors import UserError
@@ -44,8 +44,8 @@ class Extension(Protocol):
         *,
         window: int | None,
         attend: Attend,
-    ) -> Tensor:
-        """One layer's attention for the tokens of this pass; float32 (B, T, H, D).
+    ) -> Partial:
+        """One layer's attention for the tokens of this pass; float32, complete over all keys.
 
         `new` is the KV of those tokens, `past` what this rank kept before them.
         """

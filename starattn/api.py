@@ -69,7 +69,6 @@ def star_attention(
     attend = partial(localflash.attend, scale=scale, softcap=softcap, backend=kernel)
     new, anchors = DenseKV(k, v), AnchorKV(blocks.anchor)
     for step in steps:  # one, or none
-        return encode_layer(0, q, new, new.slice(0, 0), step, anchors, transport, attend).to(
-            q.dtype
-        )
+        whole = encode_layer(0, q, new, new.slice(0, 0), step, anchors, transport, attend)
+        return whole[0].to(q.dtype)
     return torch.zeros_like(q)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from localflash import DenseKV, empty_partial
+from localflash import DenseKV, Partial, empty_partial
 from seqpar import Attend, Done, Handle, Transport, accumulate_tiles
 from starattn.plan import Pass
 
@@ -46,8 +46,8 @@ def encode_layer(
     anchors: AnchorKV,
     transport: Transport,
     attend: Attend,
-) -> Tensor:
-    """One layer of one pass; float32 (B, T, H, D).
+) -> Partial:
+    """One layer of one pass; float32, complete over all keys.
 
     `new` is the KV of the pass's own tokens, `past` what the rank kept before them.
     """
@@ -61,7 +61,7 @@ def encode_layer(
         transport.mark("attend anchor")
         k_BTHD, v_BTHD = anchors.packed(layer, new, step)
         accumulate_tiles(q_BTHD, DenseKV(k_BTHD, v_BTHD), step.anchor, into, attend)
-    return into[0]
+    return into
 
 
 def _pass_on(

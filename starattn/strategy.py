@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from localflash import DenseKV
+from localflash import DenseKV, Partial
 from seqpar import Attend, Run, Runs, Transport, Work, token_count
 from starattn.anchors import Anchor
 from starattn.blocks import Blocks, make_blocks
@@ -62,8 +62,8 @@ class StarExtension:
         *,
         window: int | None,
         attend: Attend,
-    ) -> Tensor:
-        """One layer's attention for the tokens of this pass; float32 (B, T, H, D)."""
+    ) -> Partial:
+        """One layer's attention for the tokens of this pass; float32, complete over all keys."""
         if window is not None:
             raise ValueError("Star Attention is not defined for layers with a sliding window")
         return encode_layer(

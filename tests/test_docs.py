@@ -21,7 +21,7 @@ from launch.options import COMPARE, GENERATE, GROUPS, every_option, parse, parse
 from ringattn import Costs, ExtendPlan
 from ringstar import LongContext
 from ringstar.models import FAMILIES
-from ringstar.models.families import STATIC_ROPE
+from ringstar.models.families import ROPE
 from seqpar import Layout
 from starattn import make_blocks
 from tests.ringstar.test_seeded_faults import FAULTS
@@ -107,7 +107,7 @@ def test_the_tree_names_every_file():
 def test_the_models_and_the_faults_are_counted_right():
     text = README.read_text()
     models = text.partition("## Models")[2].partition("##")[0]
-    for name in (*FAMILIES, *STATIC_ROPE):
+    for name in (*FAMILIES, *ROPE):
         assert f"`{name}`" in models
     assert len(FAULTS) == 17
     assert "Seventeen faults" in text

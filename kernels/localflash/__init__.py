@@ -12,7 +12,7 @@ float32, natural log, -inf for a row that sees no key.
 from .api import attend, attend_cached
 from .backends import BACKENDS, Backend, Case, Choice, available, choose
 from .band import Band, Piece, normalise, pieces, split_steps
-from .merge import Partial, empty_partial, merge, merge_into, merge_many
+from .merge import Partial, add_sinks, empty_partial, merge, merge_into, merge_many
 from .reference import attend_cached_reference, attend_reference
 from .views import DenseKV, KVView, PagedKV, Segment
 
@@ -28,6 +28,7 @@ __all__ = [
     "Partial",
     "Piece",
     "Segment",
+    "add_sinks",
     "attend",
     "attend_cached",
     "attend_cached_reference",

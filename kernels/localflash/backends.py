@@ -6,7 +6,7 @@ B batch, T tokens, H query heads, Hkv KV heads, D head dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -189,7 +189,14 @@ def _add(into: Partial | None, part: Partial) -> Partial:
     return into
 
 
-def _tiled(name: str, unsupported: Callable[[Case], str | None], tile: Tile) -> Backend:
+def _tiled(
+    name: str,
+    unsupported: Callable[[Case], str | None],
+    tile: Tile,
+    capped: Callable[..., Partial] | None = None,
+) -> Backend:
+    """A back end from a tile, and from one that takes `softcap` too, if there is one."""
+
     def attend(
         q_BTHD: Tensor,
         k_BTHD: Tensor,
@@ -199,8 +206,11 @@ def _tiled(name: str, unsupported: Callable[[Case], str | None], tile: Tile) -> 
         softcap: float | None,
         into: Partial | None,
     ) -> Partial:
-        assert softcap is None  # refused by `unsupported`
-        return attend_tiles(tile, q_BTHD, k_BTHD, v_BTHD, band, scale, into)
+        if softcap is None:
+            return attend_tiles(tile, q_BTHD, k_BTHD, v_BTHD, band, scale, into)
+        assert capped is not None  # refused by `unsupported`
+        capped_here = partial(capped, softcap=softcap)
+        return attend_tiles(capped_here, q_BTHD, k_BTHD, v_BTHD, band, scale, into)
 
     return Backend(name, unsupported, attend)
 
@@ -219,7 +229,7 @@ def _no_torch(case: Case) -> str | None:
         return _no_cuda(case, _HALF, 256)
     if case.device.type != "cpu":
         return "runs on cpu and cuda"
-    return "has no softcap" if case.softcap is not None else _no_floating(case)
+    return _no_floating(case)
 
 
 def _no_cudnn(case: Case) -> str | None:
@@ -338,7 +348,7 @@ def _no_ampere(case: Case) -> str | None:
 
 
 _TABLE = (
-    _tiled("torch", _no_torch, _torch),
+    _tiled("torch", _no_torch, _torch, torch_cpu.capped_tile),
     _tiled("cudnn", _no_cudnn, torch_cuda.cudnn),
     _tiled("efficient", _no_efficient, torch_cuda.efficient),
     Backend("triton", _no_triton, *map(_of_triton, ("attend", "attend_cached", "attend_unified"))),

@@ -75,6 +75,16 @@ def merge(out_a_BTHD: Tensor, lse_a_BHT: Tensor, out_b_BTHD: Tensor, lse_b_BHT: 
     return out_BTHD, lse_BHT
 
 
+def add_sinks(out_BTHD: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> Tensor:
+    """A complete result with one more key for each head, of value 0 and score sinks[h].
+
+    Once, over all keys: in every partial it would be counted as often as there are partials.
+    A row that sees no key stays 0.
+    """
+    share_BHT = torch.sigmoid(lse_BHT - sinks_H.to(lse_BHT.dtype)[:, None])
+    return out_BTHD * share_BHT.transpose(1, 2).unsqueeze(-1)
+
+
 def merge_many(outs_NBTHD: Tensor, lses_NBHT: Tensor) -> Partial:
     """All N partials in the order given, so that every rank gets the same bits."""
     if outs_NBTHD.shape[0] < 1 or lses_NBHT.shape[0] != outs_NBTHD.shape[0]:

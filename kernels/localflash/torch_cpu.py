@@ -9,7 +9,9 @@ torch 2.13, one thread of an AMD EPYC (AVX-512, no AMX), H=9, Hkv=3, D=64.
 import torch
 from torch import Tensor
 
+from .band import Band
 from .merge import Partial, empty_partial, merge_into
+from .reference import attend_reference
 
 # 16-bit tiles come back rounded to 16 bits: 8-16 of them merged are 1.2-1.35 times as wrong as a
 # single call. In float32 they are 0.7-0.95 times as wrong, and, without AMX, 5% faster. Below
@@ -24,12 +26,37 @@ _PACK_ROWS = 256
 # the extra synchronisation costs more.
 _SPLIT_SQUARE = 256
 _SPLIT_UP_TO = 2048
+_CAPPED_ROWS, _CAPPED_KEYS = 512, 1024
 
 
 def tile(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, causal: bool, scale: float) -> Partial:
     """A tile as `tiles.Tile` wants it; out is float32, or q's dtype for a few 16-bit rows."""
     attend = _causal if causal else _full
     return attend(q_BTHD, k_BTHD, v_BTHD, scale)
+
+
+def capped_tile(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    causal: bool,
+    scale: float,
+    *,
+    softcap: float,
+) -> Partial:
+    """The same with softcap, which the kernel lacks: the specification, block by block.
+
+    Scores of all heads exist for one block of rows and keys at a time.
+    """
+    out_BTHD, lse_BHT = empty_partial(q_BTHD)
+    for i in range(0, q_BTHD.shape[1], _CAPPED_ROWS):
+        rows = slice(i, min(i + _CAPPED_ROWS, q_BTHD.shape[1]))
+        into = out_BTHD[:, rows], lse_BHT[:, :, rows]
+        for j in range(0, rows.stop if causal else k_BTHD.shape[1], _CAPPED_KEYS):
+            k, v = (x[:, j : j + _CAPPED_KEYS] for x in (k_BTHD, v_BTHD))
+            band = Band(i, 1, j, 1) if causal else None
+            merge_into(*into, *attend_reference(q_BTHD[:, rows], k, v, band, scale, softcap))
+    return out_BTHD, lse_BHT
 
 
 def _full(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float) -> Partial:

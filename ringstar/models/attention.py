@@ -12,12 +12,16 @@ from transformers import AttentionInterface
 
 NAME = "ringstar"
 
+# cos and sin (1, T, D) for each kind of layer that has its own; None where all share them
+PositionEmbeddings = dict[str | None, tuple[Tensor, Tensor]]
+
 # keywords that models pass along and that change nothing here
 _IRRELEVANT = {
     "cache_position",
     "is_causal",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "position_ids",
     "use_cache",
 }
@@ -26,7 +30,7 @@ _IRRELEVANT = {
 class ForwardContext(Protocol):
     """One forward pass of one rank."""
 
-    position_embeddings: tuple[Tensor, Tensor]
+    position_embeddings: PositionEmbeddings
 
     def attend(
         self,
@@ -38,8 +42,12 @@ class ForwardContext(Protocol):
         scale: float,
         softcap: float | None,
         window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        """Keep the new KV and return the attention output (B, T, H, D) in q's dtype."""
+        """Keep the new KV and return the attention output (B, T, H, D) in q's dtype.
+
+        `sinks (H,)` is the score of one more key of each head, whose value is 0.
+        """
         ...
 
 
@@ -54,6 +62,7 @@ def ringstar_attention(
     ringstar_context: ForwardContext | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """`query (B, H, T, D)`, `key, value (B, K, T, D)`; returns `((B, T, H, D), None)`."""
@@ -74,6 +83,7 @@ def ringstar_attention(
         scale=scaling,
         softcap=softcap,
         window=sliding_window,
+        sinks=s_aux,
     )
     return out, None
 

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ringstar.models.attention import ForwardContext
-
-
-class Rotary:
-    """cos and sin from the model's own formulas, computed once per plan.
-
-    The model's module would be called in every forward with what one rank sees; some kinds
-    change their frequencies by that.  Here it is called outside the forward, by position.
-    """
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-
-    def plan(self, positions_T: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (1, T, D) in the dtype and on the device of `like`, for int64 positions."""
-        return self._module(like.new_empty(0), positions_T.unsqueeze(0))
+from ringstar.models.rotary import Rotary
 
 
 class _FromContext(nn.Module):
@@ -81,34 +68,45 @@ class BoundModel:
 def bind(model: Any, *, ff_slice_tokens: int) -> BoundModel:
     """Hook a model that was loaded with `attn_implementation="ringstar"`."""
     decoder = model.get_decoder()
-    rotary = Rotary(decoder.rotary_emb)
+    rotary = Rotary(decoder.rotary_emb, decoder.config)
     decoder.rotary_emb = _FromContext()
-    for layer in decoder.layers:
-        layer.register_forward_pre_hook(_give_position_embeddings, with_kwargs=True)
+    for index, layer in enumerate(decoder.layers):
+        kind = None if rotary.kinds == (None,) else decoder.config.layer_types[index]
+        layer.register_forward_pre_hook(
+            partial(_give_position_embeddings, kind=kind), with_kwargs=True
+        )
         layer.mlp.forward = sliced(layer.mlp.forward, ff_slice_tokens)
     return BoundModel(model.eval(), model.config, rotary)
 
 
-def _give_position_embeddings(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _give_position_embeddings(
+    _: nn.Module, args: tuple, kwargs: dict, *, kind: str | None
+) -> tuple[tuple, dict]:
     context = kwargs.get("ringstar_context")
     if context is None:
         return args, kwargs  # the attention function says what is wrong
-    return args, {**kwargs, "position_embeddings": context.position_embeddings}
+    return args, {**kwargs, "position_embeddings": context.position_embeddings[kind]}
 
 
-def sliced(forward: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
+def sliced(forward: Callable[[Tensor], Any], tokens: int) -> Callable[[Tensor], Any]:
     """A feed-forward run in slices of `tokens`, so that its intermediate stays that long.
+
+    Some give a tuple, the hidden states first (gpt_oss: and its router's scores, which no layer
+    reads): of these only the hidden states are whole.
 
     Source: Liu, Abbeel, "Blockwise Parallel Transformer", section 3.
     """
 
-    def in_slices(hidden_BTC: Tensor) -> Tensor:
+    def in_slices(hidden_BTC: Tensor) -> Any:
         if hidden_BTC.shape[1] <= tokens:
             return forward(hidden_BTC)
-        out = torch.empty_like(hidden_BTC)
+        out, rest = torch.empty_like(hidden_BTC), None
         for start in range(0, hidden_BTC.shape[1], tokens):
             part = slice(start, start + tokens)
-            out[:, part] = forward(hidden_BTC[:, part])
-        return out
+            made = forward(hidden_BTC[:, part])
+            if isinstance(made, tuple):
+                made, *rest = made
+            out[:, part] = made
+        return out if rest is None else (out, *rest)
 
     return in_slices

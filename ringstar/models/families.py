@@ -11,14 +11,57 @@ from ringstar.errors import UserError
 
 # model_type -> class that must be named in `architectures`
 FAMILIES = {
+    "cohere2": "Cohere2ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "granite": "GraniteForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
 }
 
-# their cos and sin depend on nothing but the position
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+_RECURRENT = "has recurrent layers, whose state is not KV that can be split over ranks"
+_SHARED_KV = "shares KV between layers"
+_OWN_ATTENTION = "computes attention in its own code, which nothing can stand in for"
+# why others are not: those that people ask for; the rest are untried
+_REASONS = {
+    "bamba": _RECURRENT,
+    "bloom": "adds ALiBi biases to its scores, and takes an attention function without calling it",
+    "falcon": _OWN_ATTENTION,
+    "falcon_h1": _RECURRENT,
+    "falcon_mamba": _RECURRENT,
+    "gemma3": "is multimodal; its text model alone is gemma3_text",
+    "gemma3n": _SHARED_KV,
+    "gemma3n_text": _SHARED_KV,
+    "gemma4": _SHARED_KV,
+    "gemma4_text": _SHARED_KV,
+    "gptj": _OWN_ATTENTION,
+    "granitemoehybrid": _RECURRENT,
+    "jamba": _RECURRENT,
+    "lfm2": "has convolutions between tokens, which need neighbours from other ranks",
+    "llama4": "makes positions and chunked masks itself, from what one rank sees",
+    "llama4_text": "makes positions and chunked masks itself, from what one rank sees",
+    "mamba": _RECURRENT,
+    "mamba2": _RECURRENT,
+    "mpt": "adds ALiBi biases to its scores",
+    "nemotron_h": _RECURRENT,
+    "qwen3_5": _RECURRENT,
+    "qwen3_next": _RECURRENT,
+    "recurrent_gemma": _RECURRENT,
+    "rwkv": _RECURRENT,
+    "zamba": _RECURRENT,
+    "zamba2": _RECURRENT,
+}
+
+ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 def check_family(path: str, config: Any) -> None:
@@ -26,22 +69,39 @@ def check_family(path: str, config: Any) -> None:
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         allowed = ", ".join(sorted(FAMILIES))
-        raise UserError("model.path", path, f"model type {kind!r} is not supported; are: {allowed}")
+        why = f"model type {kind!r} is not supported: it {_reason(config)}; are: {allowed}"
+        raise UserError("model.path", path, why)
     named = getattr(config, "architectures", None) or [FAMILIES[kind]]
     if FAMILIES[kind] not in named:
         raise UserError(
             "model.path", path, f"holds {', '.join(named)}; a {FAMILIES[kind]} is needed"
         )
-    rope = _rope_type(config)
-    if rope not in STATIC_ROPE:
-        raise UserError(
-            "model.path",
-            path,
-            f"rope type {rope!r} depends on the length of the input and is not supported;"
-            f" are: {', '.join(STATIC_ROPE)}",
-        )
+    for rope in rope_types(config):
+        if rope not in ROPE:
+            allowed = ", ".join(ROPE)
+            raise UserError(
+                "model.path", path, f"rope type {rope!r} is not supported; are: {allowed}"
+            )
 
 
-def _rope_type(config: Any) -> str:
+def _reason(config: Any) -> str:
+    """Why this model type is refused, in words that follow "it"."""
+    known = _REASONS.get(getattr(config, "model_type", None) or "")
+    if known:
+        return known
+    if getattr(config, "is_encoder_decoder", False):
+        return "has an encoder and a decoder"
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        return "is multimodal"
+    if getattr(config, "auto_map", None):
+        return "brings its own code, which is not run"
+    return "was not shown to be exact"
+
+
+def rope_types(config: Any) -> set[str]:
+    """Of all layers, or of each kind of them."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    return parameters.get("rope_type") or parameters.get("type") or "default"
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    return {
+        each.get("rope_type") or each.get("type") or "default" for each in nested or [parameters]
+    }

@@ -18,7 +18,7 @@ from ringstar.config import ModelConfig
 from ringstar.errors import UserError
 from ringstar.models.attention import NAME
 from ringstar.models.bind import BoundModel, bind
-from ringstar.models.families import check_family
+from ringstar.models.families import check_family, rope_types
 from ringstar.models.smollm2 import smollm2_folder
 from ringstar.prompt import PromptFormat, prompt_format
 
@@ -48,6 +48,13 @@ class ModelFiles:
         kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
         slides = "sliding_attention" in kinds
         return getattr(self.config, "sliding_window", None) if slides else None
+
+    @property
+    def rope_jumps_after(self) -> int | None:
+        """The length of text after which all rotary frequencies are others (longrope)."""
+        if "longrope" not in rope_types(self.config):
+            return None
+        return self.config.rope_parameters["original_max_position_embeddings"]
 
     @cached_property
     def tokenizer(self) -> Any | None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ import launch.start
 from launch.generate import main
 from launch.options import compose_config
 from ringstar.models import ModelFiles
-from tests.support.models import tiny_folder
+from tests.support.models import LONGROPE, tiny_folder
 
 QUESTION = "question=Who?"
 
@@ -255,10 +256,30 @@ def test_config_json_that_is_none(refused, model_copy, content):
     says(refused(*ask(model_copy)), f"model.path={model_copy}")
 
 
-@pytest.mark.parametrize("family", ["bloom", "gpt2", "t5", "falcon", "mamba"])
+REFUSED = {
+    "bloom": "ALiBi",
+    "falcon": "its own code",
+    "gemma3": "multimodal",
+    "gemma3n_text": "shares KV",
+    "gpt2": "not shown to be exact",
+    "gptj": "its own code",
+    "jamba": "recurrent",
+    "llama4_text": "chunked masks",
+    "llava": "multimodal",
+    "mamba": "recurrent",
+    "mpt": "ALiBi",
+    "qwen3_next": "recurrent",
+    "t5": "encoder and a decoder",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
 def test_family_that_is_not_supported(refused, tmp_path, family):
     AutoConfig.for_model(family).save_pretrained(tmp_path)
-    says(refused(*ask(tmp_path)), repr(family), "not supported", "llama, mistral, qwen2, qwen3")
+    started = time.monotonic()
+    line = refused(*ask(tmp_path))
+    says(line, repr(family), "not supported", REFUSED[family], "llama, mistral, mixtral")
+    assert time.monotonic() - started < 5
 
 
 def test_family_that_nobody_knows(refused, model_copy):
@@ -266,19 +287,25 @@ def test_family_that_nobody_knows(refused, model_copy):
     says(refused(*ask(model_copy)), "nonesuch")
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_length(refused, model_copy, rope):
-    config = json.loads((model_copy / "config.json").read_text())
-    config["rope_parameters"] = {
-        "rope_type": rope,
-        "rope_theta": 10000.0,
-        "factor": 2.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [1.0] * 4,
-        "original_max_position_embeddings": 2048,
-    }
-    (model_copy / "config.json").write_text(json.dumps(config))
-    says(refused(*ask(model_copy)), repr(rope), "not supported")
+def with_rope(model, **rope):
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def test_rope_that_is_not_known(refused, model_copy):
+    with_rope(model_copy, rope_type="proportional", factor=2.0)
+    says(refused(*ask(model_copy)), "'proportional'", "not supported", "yarn")
+
+
+def test_answer_that_crosses_where_rope_changes(refused, tmp_path):
+    """The model's own rope has two sets of frequencies, for texts up to 80 positions and longer."""
+    folder = tiny_folder("phi3", **LONGROPE)
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps({"context_ids": [1] * 60, "query_ids": [2] * 9}))
+    asked = [f"model.path={folder}", f"document.ids_path={ids}"]
+    line = refused(*asked, "generation.max_new_tokens=13")
+    says(line, "generation.max_new_tokens=13", "longrope", "allowed: up to 12")
 
 
 def test_tokenizer_that_is_damaged(refused, model_copy):

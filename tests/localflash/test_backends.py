@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from localflash import Band, attend, attend_reference, choose, merge_many, torch_cpu, torch_cuda
+from tests.support.memory import LiveBytes
 
 CPU = {"device": "cpu", "dtype": torch.float32, "head_dim": 64}
 
@@ -14,13 +15,14 @@ def test_auto_says_why():
     assert choice.backend.name == "torch"
     assert choice.reason == "kernel torch is the first choice for float32, head dim 64 on cpu."
     capped = choose(None, **CPU, softcap=30.0)
-    assert capped.backend.name == "reference"
-    assert "passed over torch (has no softcap)" in capped.reason
+    assert capped.backend.name == "torch"
+    passed = choose(None, device="meta", dtype=torch.float32, head_dim=64)
+    assert passed.backend.name == "reference"
 
 
 def test_what_cannot_run_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"kernel=torch: has no softcap .*available: auto, ref"):
-        choose("torch", **CPU, softcap=30.0)
+    with pytest.raises(ValueError, match=r"kernel=flex: has no softcap .*available: auto, torch"):
+        choose("flex", **CPU, softcap=30.0)
     for name in ("cudnn", "efficient"):
         with pytest.raises(ValueError, match=rf"kernel={name}: needs a CUDA device"):
             choose(name, **CPU)
@@ -46,6 +48,21 @@ def test_merged_bf16_partials_are_no_worse_than_one_call(parts, sharpness):
     outs, lses = zip(*(attend(q, *kv, backend="torch") for kv in pairs), strict=True)
     merged = merge_many(torch.stack(outs), torch.stack(lses))[0]
     assert error(merged, want) <= 1.2 * error(single, want)
+
+
+@pytest.mark.parametrize("rows", [511, 1300])
+def test_softcap_is_computed_block_by_block(rows):
+    """Across the sizes of its blocks, and without holding all scores."""
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(1, rows, 2, 16) for _ in range(3))
+    for band in (None, Band(0, 1, 0, 1), Band(7, 1, 0, 1, 600)):
+        with LiveBytes() as memory:
+            got = attend(q, k, v, band, softcap=4.0, backend="torch")
+        want = attend_reference(q.double(), k.double(), v.double(), band, softcap=4.0)
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+        if rows > 1024:
+            assert memory.peak < 0.75 * (4 * 2 * rows * rows * 4)  # four such tensors at once
 
 
 def test_model_tensors_enter_without_a_copy():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,53 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
 }
 
+_ALTERNATE = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 21}
+# every other family, with what makes it itself
+OTHERS: dict[str, dict[str, Any]] = {
+    "cohere2": _ALTERNATE,
+    "gemma2": {"head_dim": 16, "attn_logit_softcapping": 5.0, **_ALTERNATE},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, **_ALTERNATE},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, **_ALTERNATE},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.8},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 21},
+    "olmo3": _ALTERNATE,
+    "phi3": {"sliding_window": 21},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
+    "starcoder2": {"sliding_window": 21},
+}
+# two sets of frequencies, for texts up to 80 positions and for longer ones
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 80,
+    "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.5 * i for i in range(8)],
+        "original_max_position_embeddings": 80,
+    },
+}
+# frequencies that fall with the length, past 64 positions
+DYNAMIC: dict[str, Any] = {
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}
 
-@functools.cache
+
 def tiny_folder(family: str, **changes: Any) -> str:
     """A folder with a two-layer model of `family`: 4 query heads, 2 KV heads of 16."""
+    return _tiny_folder(family, json.dumps(changes))
+
+
+@functools.cache
+def _tiny_folder(family: str, as_json: str) -> str:
+    changes = json.loads(as_json)
     folder = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-"))
     config = AutoConfig.for_model(
         family,
@@ -36,12 +80,11 @@ def tiny_folder(family: str, **changes: Any) -> str:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=8192,
         initializer_range=STD,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        **{**FAMILIES[family], **changes},
+        **{"max_position_embeddings": 8192, **(FAMILIES | OTHERS)[family], **changes},
     )
     torch.manual_seed(len(family))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -51,8 +94,9 @@ def tiny_folder(family: str, **changes: Any) -> str:
 @functools.cache
 def eager(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     """One device's Hugging Face model with eager attention."""
+    # "eager" experts too: the fused ones have no float64
     return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=dtype
+        folder, attn_implementation="eager", experts_implementation="eager", dtype=dtype
     ).eval()
 
 

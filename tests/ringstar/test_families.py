@@ -1,0 +1,151 @@
+"""python -m pytest tests/ringstar/test_families.py
+
+Every other family, with the features that make it itself, against one device: as test_exact.py.
+The bound is 1e-5, or 20 times what the family's own float32 differs from its float64.
+"""
+
+from functools import partial
+
+import pytest
+
+import ringstar.passes
+from ringstar import LongContext, UserError
+from ringstar.models.rotary import Rotary
+from tests.support.models import (
+    DYNAMIC,
+    LONGROPE,
+    OTHERS,
+    expected,
+    random_ids,
+    relative_error,
+    tiny_folder,
+)
+
+GREEDY, CHUNK = 32, 11
+# documents and questions: within a window of 21, across it, across chunks of 11 a rank
+LENGTHS = ((5, 1), (47, 3), (101, 30))
+CASES = {name: (name, {}) for name in OTHERS} | {
+    "phi3 longrope": ("phi3", LONGROPE),
+    "llama dynamic": ("llama", DYNAMIC),
+    "gemma2 without softcap": ("gemma2", {"attn_logit_softcapping": None}),
+}
+
+
+def runtime(folder, world, layout="zigzag", chunk_tokens=CHUNK):
+    return LongContext.from_pretrained(
+        folder,
+        transport="threads",
+        world_size=world,
+        layout=layout,
+        chunk_tokens=chunk_tokens,
+        threads_per_rank=1,
+        allow_beyond_limit=True,
+    )
+
+
+def given(ring, document, query, new_tokens=GREEDY):
+    ids, question = random_ids(document, seed=1), random_ids(query, seed=2)
+    encoded = ring.encode(ids, length=document + query)
+    return ring.ask(encoded, question, max_new_tokens=new_tokens)
+
+
+def wanted(folder, document, query, new_tokens=GREEDY):
+    return expected(folder, random_ids(document, seed=1) + random_ids(query, seed=2), new_tokens)
+
+
+def error_over_bound(folder, answer, document, query, new_tokens=GREEDY):
+    want = wanted(folder, document, query, new_tokens)
+    own = relative_error(want.logits_V, want.logits64_V)
+    return relative_error(answer.first_logits, want.logits64_V) / max(1e-5, 20 * own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_one_device(name, world):
+    family, changes = CASES[name]
+    folder = tiny_folder(family, **changes)
+    for layout in ("zigzag", "striped", "contiguous"):
+        ring = runtime(folder, world, layout)
+        for document, query in LENGTHS:
+            new = GREEDY if document > 5 and name != "phi3 longrope" else 4
+            answer = given(ring, document, query, new)
+            assert error_over_bound(folder, answer, document, query, new) <= 1, (layout, document)
+            assert answer.ids == wanted(folder, document, query, new).ids, (layout, document)
+
+
+@pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic"])
+def test_a_document_is_encoded_for_a_length(name):
+    """What one text did to the frequencies is forgotten by the next; another length is refused."""
+    family, changes = CASES[name]
+    folder = tiny_folder(family, **changes)
+    ring = runtime(folder, 2)
+    for document, query in ((150, 4), (30, 4), (150, 4)):
+        answer = given(ring, document, query, 4)
+        assert error_over_bound(folder, answer, document, query, 4) <= 1
+    encoded = ring.encode(random_ids(77))
+    with pytest.raises(UserError, match=r"encode it with length=87 for this question"):
+        ring.ask(encoded, random_ids(10), max_new_tokens=2)
+
+
+def other_window(by):
+    """Every pass sees a window that is `by` tokens off."""
+
+    def change(monkeypatch):
+        for kind in (ringstar.passes.ExtendPass, ringstar.passes.ReplicatedPass):
+            attend = kind.attend
+
+            def wrong(self, *args, attend=attend, window, **rest):
+                return attend(self, *args, window=window and window + by, **rest)
+
+            monkeypatch.setattr(kind, "attend", wrong)
+
+    return change
+
+
+def sinks_in_each_partial(monkeypatch):
+    once = ringstar.passes.add_sinks
+    twice = lambda out, lse, sinks: once(once(out, lse, sinks), lse, sinks)  # noqa: E731
+    monkeypatch.setattr(ringstar.passes, "add_sinks", twice)
+
+
+def no_sinks(monkeypatch):
+    monkeypatch.setattr(ringstar.passes, "add_sinks", lambda out, lse, sinks: out)
+
+
+def softcap_before_scale(monkeypatch):
+    bound = ringstar.passes._bound
+    wrong = lambda kernel, scale, softcap: bound(kernel, scale, softcap * scale)  # noqa: E731
+    monkeypatch.setattr(ringstar.passes, "_bound", wrong)
+
+
+def length_of_one_rank(monkeypatch):
+    plan = Rotary.plan
+
+    def local(self, positions_T, like, length):
+        return plan(self, positions_T, like, int(positions_T.max()) + 1)
+
+    monkeypatch.setattr(Rotary, "plan", local)
+
+
+FAULTS = {
+    "window one too long": ("mixtral", other_window(1)),
+    "window one too short": ("mixtral", other_window(-1)),
+    "window of some layers one too long": ("gemma2", other_window(1)),
+    "sinks in each partial": ("gpt_oss", sinks_in_each_partial),
+    "no sinks": ("gpt_oss", no_sinks),
+    "softcap before scale": ("gemma2", softcap_before_scale),
+    "longrope by one rank's positions": ("phi3 longrope", length_of_one_rank),
+    "dynamic rope by one rank's positions": ("llama dynamic", length_of_one_rank),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_caught(monkeypatch, fault):
+    name, break_it = FAULTS[fault]
+    family, changes = CASES[name]
+    folder = tiny_folder(family, **changes)
+    check = partial(error_over_bound, folder, document=70, query=15, new_tokens=2)
+    assert check(given(runtime(folder, 2), 70, 15, 2)) <= 1
+    break_it(monkeypatch)
+    assert check(given(runtime(folder, 2), 70, 15, 2)) > 10
