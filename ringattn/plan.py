@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from seqpar import Runs, Step, Tile, ring_steps, tiles, token_count, travels, visible
+from seqpar import Runs, Step, Tile, clip, ring_steps, tiles, token_count, travels, visible
 
 PastBy = Literal["none", "kv", "queries"]
 
@@ -68,23 +68,40 @@ class ExtendPlan:
     def own(self) -> Runs:
         return self.new[self.rank]
 
+    @property
+    def start(self) -> int:
+        """The first of the new positions."""
+        return min(run.start for runs in self.new for run in runs)
+
+    @property
+    def stop(self) -> int:
+        """One past the last of them."""
+        return 1 + max(run.last for runs in self.new for run in runs)
+
+    def past_seen(self, window: int | None) -> tuple[Runs, ...]:
+        """What ranks still hold of the past: all, or what the window shows to the new tokens."""
+        if window is None:
+            return self.past
+        return _clipped(self.past, self.start - window + 1)
+
     def new_steps(self, window: int | None = None) -> tuple[Step, ...]:
         """New queries against new KV, passing KV."""
         return _steps(self.rank, self.new, self.new, window)
 
     def past_kv_steps(self, window: int | None = None) -> tuple[Step, ...]:
         """New queries against past KV, passing KV."""
-        return _steps(self.rank, self.new, self.past, window)
+        return _steps(self.rank, self.new, self.past_seen(window), window)
 
     def past_query_steps(self, window: int | None = None) -> tuple[QueryStep, ...]:
         """New queries against past KV, passing queries and returning partials."""
-        return _query_steps(self.rank, self.new, self.past, window)
+        return _query_steps(self.rank, self.new, self.past_seen(window), window)
 
     def past_by(self, costs: Costs, window: int | None = None) -> PastBy:
         """Pass KV or queries, whichever moves fewer bytes over all ranks; the same on each."""
-        if not any(self.past):
+        past = self.past_seen(window)
+        if not any(past):
             return "none"
-        kv, queries = _past_traffic(self.new, self.past, costs, window)
+        kv, queries = _past_traffic(self.new, past, costs, window)
         return "kv" if kv <= queries else "queries"
 
     def pass_bytes(self, costs: Costs, kernel_bytes: int = 0) -> int:
@@ -113,6 +130,11 @@ class ExtendPlan:
 def largest_share(shares: tuple[Runs, ...]) -> int:
     """Tokens of the rank that has most: what a transfer buffer must hold."""
     return max(token_count(runs) for runs in shares)
+
+
+@_remembered
+def _clipped(past: tuple[Runs, ...], start: int) -> tuple[Runs, ...]:
+    return tuple(clip(runs, start) for runs in past)
 
 
 @_remembered

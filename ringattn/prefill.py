@@ -121,7 +121,8 @@ def extend(
     into = empty_partial(q_BTHD)
     ring_pass(q_BTHD, new, plan.new_steps(window), into, ring, largest_share(plan.new))
     if past_by == "kv":
-        ring_pass(q_BTHD, past, plan.past_kv_steps(window), into, ring, largest_share(plan.past))
+        seen = plan.past_seen(window)
+        ring_pass(q_BTHD, past, plan.past_kv_steps(window), into, ring, largest_share(seen))
     elif past_by == "queries":
         query_pass(q_BTHD, past, plan.past_query_steps(window), into, ring)
     return into

@@ -40,6 +40,11 @@ class RingExtension:
         own = self.plan.own
         return Work(token_count(own), sum(len(run) + sum(run) for run in own))
 
+    @property
+    def encoded(self) -> int:
+        """All positions before this are encoded once this extension is."""
+        return self.plan.stop
+
     def token_ids(self, ids: Sequence[int]) -> list[int]:
         """The tokens at `positions` of the document `ids`."""
         return [ids[position] for run in self.plan.own for position in run]
@@ -61,7 +66,7 @@ class RingExtension:
 
     def _past_by(self, q_BTHD: Tensor, new: DenseKV, window: int | None) -> PastBy:
         if self.past_by != "auto":
-            return self.past_by if any(self.plan.past) else "none"
+            return self.past_by if any(self.plan.past_seen(window)) else "none"
         heads, (kv_heads, head_dim) = q_BTHD.shape[2], new.k_BTHD.shape[2:]
         return self.plan.past_by(Costs(heads, kv_heads, head_dim, q_BTHD.element_size()), window)
 

@@ -9,20 +9,97 @@ import torch
 from torch import Tensor
 
 from localflash import DenseKV
-from seqpar import Run, Runs, token_count
+from seqpar import Run, Runs, clip, token_count
+
+State = dict[int | None, Runs]
 
 
 class ShardedCache:
-    """This rank's KV in memory order, and the positions that it stands for.
+    """The KV that this rank owns, for each window that layers have.
+
+    A layer with a sliding window needs only what the window still shows, so that its list of
+    positions is not that of others.  Which windows there are is known once every layer has run:
+    in the first pass.
+    """
+
+    def __init__(self) -> None:
+        self._by_window: dict[int | None, KeptKV] = {}
+        self._first: Runs = ()
+        self._passes = 0
+        self._room = 0
+
+    def append(self, runs: Runs) -> None:
+        """Reserve the positions `runs` in every layer, for the pass that begins."""
+        for kept in self._by_window.values():
+            kept.append(runs)
+        self._first = runs
+        self._passes += 1
+
+    def of(self, window: int | None) -> KeptKV:
+        """What layers with this window hold."""
+        if window not in self._by_window:
+            if self._passes != 1:
+                raise RuntimeError(f"layers with a window of {window} came after the first pass")
+            kept = self._by_window[window] = KeptKV()
+            kept.reserve(self._room if window is None else 0)
+            kept.append(self._first)
+        return self._by_window[window]
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many tokens in layers without a window: appending them moves nothing."""
+        self._room = tokens
+
+    def make_room(self, tokens: int) -> None:
+        """Room for so many tokens more in every layer."""
+        for kept in self._by_window.values():
+            kept.reserve(kept.tokens + tokens)
+
+    def forget(self, position: int) -> None:
+        """Drop what no query at `position` or later will see."""
+        for window, kept in self._by_window.items():
+            if window is not None:
+                kept.drop_before(position - window + 1)
+
+    def fit(self, room: int) -> None:
+        """Give back memory that windows no longer need, but for `room` tokens."""
+        for window, kept in self._by_window.items():
+            if window is not None:
+                kept.fit(room)
+
+    @property
+    def state(self) -> State:
+        """What `truncate` goes back to."""
+        return {window: kept.runs for window, kept in self._by_window.items()}
+
+    def truncate(self, state: State) -> None:
+        """Forget what was appended since."""
+        for window, kept in self._by_window.items():
+            kept.truncate(state.get(window, ()))  # a rank that kept nothing may have run nothing
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the KV that is held."""
+        return sum(kept.nbytes for kept in self._by_window.values())
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the storage, room for growth included."""
+        return sum(kept.allocated_nbytes for kept in self._by_window.values())
+
+
+class KeptKV:
+    """KV in memory order, and the positions that it stands for, in layers of one kind.
 
     Tokens are reserved with their positions (`append`), written layer by layer as a forward
-    pass reaches each (`write`), and may be given back from the end (`truncate`).  Storage is
-    (B, T, K, D), so that any range of tokens is one contiguous piece that can be sent as it is.
+    pass reaches each (`write`), and may be given back from either end (`truncate`,
+    `drop_before`).  Storage is (B, T, K, D), so that any range of tokens is one contiguous piece
+    that can be sent as it is.
     """
 
     def __init__(self) -> None:
         self.runs: Runs = ()
         self.tokens = 0
+        self.at = 0  # where the tokens of the last `append` begin
         self._capacity = 0
         self._layers: dict[int, DenseKV] = {}
 
@@ -32,12 +109,12 @@ class ShardedCache:
 
     def append(self, runs: Runs) -> int:
         """Reserve the positions `runs`; returns the index where they will be written."""
-        at = self.tokens
+        self.at = self.tokens
         for run in runs:
             self.runs = _joined(self.runs, run)
         self.tokens += token_count(runs)
         self.reserve(self.tokens)
-        return at
+        return self.at
 
     def truncate(self, runs: Runs) -> None:
         """Go back to an earlier state, whose `runs` were a beginning of the present ones."""
@@ -49,6 +126,28 @@ class ShardedCache:
         room = self._room(layer, k_BTKD, v_BTKD)
         room.k_BTHD[:, at:stop].copy_(k_BTKD)
         room.v_BTHD[:, at:stop].copy_(v_BTKD)
+
+    def drop_before(self, position: int) -> None:
+        """Forget all positions before; the others keep their order, from index 0 on."""
+        kept, self.runs, self.tokens = _from(self.runs, position), clip(self.runs, position), 0
+        for source in kept:
+            to = slice(self.tokens, self.tokens + source.stop - source.start)
+            for kv in self._layers.values() if to != source else ():
+                for tensor in (kv.k_BTHD, kv.v_BTHD):
+                    tensor[:, to].copy_(tensor[:, source].clone())  # the two may overlap
+            self.tokens = to.stop
+
+    def fit(self, room: int) -> None:
+        """Storage for the tokens that are here and `room` more."""
+        self._capacity = self.tokens + room
+        for layer, kv in self._layers.items():
+            if kv.tokens > self._capacity:
+                self._layers[layer] = DenseKV(
+                    *(
+                        tensor[:, : self._capacity].clone(memory_format=torch.contiguous_format)
+                        for tensor in (kv.k_BTHD, kv.v_BTHD)
+                    )
+                )
 
     def view(self, layer: int, start: int, stop: int) -> DenseKV:
         """Tokens [start, stop) of `layer`, without a copy."""
@@ -74,6 +173,17 @@ class ShardedCache:
             new.v_BTHD[:, : old.tokens].copy_(old.v_BTHD)
         self._layers[layer] = new
         return new
+
+
+def _from(runs: Runs, position: int) -> list[slice]:
+    """Where, in memory order, the positions from `position` on are: the end of each run."""
+    found, at = [], 0
+    for run in runs:
+        gone = min(len(run), max(0, -(-(position - run.start) // run.step)))
+        if gone < len(run):
+            found.append(slice(at + gone, at + len(run)))
+        at += len(run)
+    return found
 
 
 def _empty(like: Tensor, tokens: int) -> Tensor:

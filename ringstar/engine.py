@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringstar.cache import ShardedCache
+from ringstar.cache import ShardedCache, State
 from ringstar.config import GenerationConfig
 from ringstar.models import BoundModel, PositionEmbeddings
 from ringstar.passes import ExtendPass, ReplicatedPass, turn_runs
@@ -26,14 +26,15 @@ DUMMY_ID = 0
 class DocumentShard:
     """What one rank holds of an encoded document: `owned[r]` is what each rank r holds.
 
-    `length` is that of the whole text, which some rotary embeddings depend on.
+    `length` is that of the whole text, which some rotary embeddings depend on; `state` is what
+    the cache holds of the document alone.
     """
 
     cache: ShardedCache
     tokens: int
     length: int
     owned: tuple[Runs, ...]
-    runs: Runs
+    state: State
     encode_s: float
     bytes_sent: int
 
@@ -74,18 +75,19 @@ class RankEngine:
         length = max(length, len(ids))
         started, sent = time.perf_counter(), self._transport.counters.bytes_sent
         self._transport.check_agreement("document", list(ids))
-        world, rank = self._transport.world_size, self._transport.rank
-        owned, plan = strategy.plan(0, len(ids), ((),) * world)
+        owned, plan = strategy.plan(0, len(ids), ((),) * self._transport.world_size)
         cache = ShardedCache()
         cache.reserve(sum(token_count(extension.kept) for extension in plan) + self._room)
         progress = _Progress(self._model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
             self._extend(ids, extension, cache, length, progress)
+            cache.forget(extension.encoded)
+        cache.fit(self._room)
         _finish_device_work(self._transport.device)
         took = time.perf_counter() - started
         sent = self._transport.counters.bytes_sent - sent
-        return DocumentShard(cache, len(ids), length, owned, owned[rank], took, sent)
+        return DocumentShard(cache, len(ids), length, owned, cache.state, took, sent)
 
     def generate(
         self, shard: DocumentShard, query_ids: Sequence[int], settings: GenerationConfig
@@ -93,9 +95,9 @@ class RankEngine:
         """Answer tokens, for as long as the caller asks; the document is left as it was."""
         self._transport.check_agreement("question", list(query_ids), settings)
         sampler = Sampler(settings)
-        shard.cache.truncate(shard.runs)
+        shard.cache.truncate(shard.state)
         start, new = shard.tokens, list(query_ids)
-        shard.cache.reserve(shard.cache.tokens + self._most_kept(len(new), settings))
+        shard.cache.make_room(self._most_kept(len(new), settings))
         self._transport.publish("question")
         first = True
         try:
@@ -107,17 +109,17 @@ class RankEngine:
                 if self._transport.phase != "decode":
                     self._transport.publish("decode")
         finally:
-            shard.cache.truncate(shard.runs)
+            shard.cache.truncate(shard.state)
 
     def score(self, shard: DocumentShard, query_ids: Sequence[int], last: int) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
         self._transport.check_agreement("continuation", list(query_ids), last)
         self._transport.publish("score")
-        shard.cache.truncate(shard.runs)
+        shard.cache.truncate(shard.state)
         try:
             return self._replicated(query_ids, shard.tokens, shard.cache, last)
         finally:
-            shard.cache.truncate(shard.runs)
+            shard.cache.truncate(shard.state)
 
     def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
         """The most tokens of a question and its answer that one rank may have to keep."""
@@ -136,13 +138,12 @@ class RankEngine:
         length: int,
         progress: _Progress,
     ) -> None:
-        at = cache.append(extension.kept)
+        cache.append(extension.kept)
         positions_T = self._tensor(positions(extension.positions) or [0])
         context = ExtendPass(
             self._rotary(positions_T, length),
             extension,
             cache,
-            at,
             self._kernel,
             progress.layer_done(extension),
         )
@@ -154,6 +155,7 @@ class RankEngine:
     ) -> Tensor:
         rank, world = self._transport.rank, self._transport.world_size
         own = turn_runs(start, len(new), rank, world)
+        cache.append(own)
         positions_T = self._tensor(list(range(start, start + len(new))))
         context = ReplicatedPass(
             self._rotary(positions_T, start + len(new)),
@@ -161,7 +163,6 @@ class RankEngine:
             len(new),
             own,
             cache,
-            cache.append(own),
             self._transport,
             self._kernel,
             self._unified,

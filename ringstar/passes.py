@@ -32,7 +32,6 @@ class ExtendPass:
     position_embeddings: PositionEmbeddings
     extension: Extension
     cache: ShardedCache
-    at: int
     kernel: str
     on_layer: Callable[[], None]
 
@@ -50,16 +49,17 @@ class ExtendPass:
     ) -> Tensor:
         own = token_count(self.extension.positions)
         kept = token_count(self.extension.kept)
+        held = self.cache.of(window)
         new = DenseKV(k_BTKD[:, :own], v_BTKD[:, :own])
         to_keep = new.slice(own - kept, own)
-        self.cache.write(layer, self.at, to_keep.k_BTHD, to_keep.v_BTHD)
+        held.write(layer, held.at, to_keep.k_BTHD, to_keep.v_BTHD)
         if kept == own:  # the cache's copy lies as kernels and transfers like it
-            new = self.cache.view(layer, self.at, self.at + kept)
+            new = held.view(layer, held.at, held.at + kept)
         whole = self.extension.attend(
             layer,
             q_BTHD[:, :own],
             new,
-            self.cache.view(layer, 0, self.at),
+            held.view(layer, 0, held.at),
             window=window,
             attend=_bound(self.kernel, scale, softcap),
         )
@@ -80,7 +80,6 @@ class ReplicatedPass:
     tokens: int
     own: Runs
     cache: ShardedCache
-    at: int
     transport: Transport
     kernel: str
     unified: UnifiedMax | None = None
@@ -97,13 +96,14 @@ class ReplicatedPass:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        held = self.cache.of(window)
         for run in self.own:
             kept = slice(run.start - self.start, run.stop - self.start)
-            self.cache.write(layer, self.at, k_BTKD[:, kept], v_BTKD[:, kept])
+            held.write(layer, held.at, k_BTKD[:, kept], v_BTKD[:, kept])
         whole = attend_sharded(
             q_BTHD,
-            self._held(layer, k_BTKD, v_BTKD),
-            self._tiles(window),
+            held.view(layer, 0, held.tokens) if held.tokens else _none(k_BTKD, v_BTKD),
+            self._tiles(window, held.runs),
             transport=self.transport,
             attend=self._kernel_of(layer, scale, softcap),
         )
@@ -114,15 +114,10 @@ class ReplicatedPass:
             return _bound(self.kernel, scale, softcap)
         return self.unified.of(layer, self.kernel, scale, softcap)
 
-    def _held(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor) -> DenseKV:
-        if self.cache.tokens:
-            return self.cache.view(layer, 0, self.cache.tokens)
-        return DenseKV(k_BTKD[:, :0], v_BTKD[:, :0])
-
-    def _tiles(self, window: int | None) -> tuple[Tile, ...]:
+    def _tiles(self, window: int | None, held: Runs) -> tuple[Tile, ...]:
         if window not in self._known_tiles:
             new = (Run(self.start, self.start + self.tokens),)
-            self._known_tiles[window] = tiles(new, self.cache.runs, window)
+            self._known_tiles[window] = tiles(new, held, window)
         return self._known_tiles[window]
 
     def __post_init__(self) -> None:
@@ -138,6 +133,11 @@ def turn_runs(start: int, tokens: int, rank: int, world: int) -> Runs:
     piece = (rank + start) % world
     run = Run(start + piece * tokens // world, start + (piece + 1) * tokens // world)
     return (run,) if len(run) else ()
+
+
+def _none(k_BTKD: Tensor, v_BTKD: Tensor) -> DenseKV:
+    """No tokens, of the heads and dtype of these."""
+    return DenseKV(k_BTKD[:, :0], v_BTKD[:, :0])
 
 
 def _output(whole: Partial, sinks_H: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,14 @@ class Extension(Protocol):
         """The tokens at `positions`, where `ids` is the whole document."""
         ...
 
+    @property
+    def encoded(self) -> int:
+        """Once this pass is over, all positions before this one are encoded on all ranks.
+
+        At least this is not more than true: 0 where passes do not go from first to last.
+        """
+        ...
+
     def attend(
         self,
         layer: int,

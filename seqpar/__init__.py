@@ -1,6 +1,6 @@
 """What both strategies share: transports, layouts, ring schedules, the cross-rank merge."""
 
-from seqpar.layout import Layout, LayoutKind, Run, Runs, positions, token_count
+from seqpar.layout import Layout, LayoutKind, Run, Runs, clip, positions, token_count
 from seqpar.local import Attend, accumulate_tiles
 from seqpar.schedule import Step, Tile, Work, pairs, ring_steps, tiles, travels, visible
 from seqpar.softmax import attend_sharded, merge_across_ranks, query_attention
@@ -27,6 +27,7 @@ __all__ = [
     "Work",
     "accumulate_tiles",
     "attend_sharded",
+    "clip",
     "merge_across_ranks",
     "pairs",
     "positions",

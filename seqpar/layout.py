@@ -44,6 +44,16 @@ def positions(runs: Runs) -> list[int]:
     return [position for run in runs for position in run]
 
 
+def clip(runs: Runs, start: int) -> Runs:
+    """The positions from `start` on, in the same order."""
+    return tuple(
+        Run(run.start + gone * run.step, run.stop, run.step)
+        for run in runs
+        for gone in (max(0, -(-(start - run.start) // run.step)),)
+        if gone < len(run)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the positions [start, stop) are dealt over `world` ranks.

@@ -53,6 +53,11 @@ class StarExtension:
         own = [ids[position] for run in self.kept for position in run]
         return anchor[dropped.start : dropped.stop] + own
 
+    @property
+    def encoded(self) -> int:
+        """Blocks are encoded in any order: nothing is known to be over."""
+        return 0
+
     def attend(
         self,
         layer: int,

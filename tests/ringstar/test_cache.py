@@ -1,10 +1,11 @@
 """python -m pytest tests/ringstar/test_cache.py"""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringstar.cache import ShardedCache
+from ringstar.cache import KeptKV, ShardedCache
 from ringstar.passes import turn_runs
 from seqpar import Run, positions, token_count
 
@@ -29,7 +30,7 @@ runs = st.lists(
 
 @given(runs)
 def test_positions_stay_in_memory_order(appended):
-    cache = ShardedCache()
+    cache = KeptKV()
     for run in appended:
         cache.append((run,))
     assert positions(cache.runs) == [p for run in appended for p in run]
@@ -37,14 +38,14 @@ def test_positions_stay_in_memory_order(appended):
 
 
 def test_generated_tokens_that_go_round_are_one_run():
-    cache = ShardedCache()
+    cache = KeptKV()
     for position in range(100, 400, 3):
         cache.append((Run(position, position + 1),))
     assert cache.runs == (Run(100, 398, 3),)
 
 
 def test_what_is_written_is_read_as_a_view():
-    cache, k, v = ShardedCache(), kv(5), kv(5, seed=1)
+    cache, k, v = KeptKV(), kv(5), kv(5, seed=1)
     at = cache.append((Run(0, 5),))
     cache.write(0, at, k, v)
     view = cache.view(0, 1, 4)
@@ -55,7 +56,7 @@ def test_what_is_written_is_read_as_a_view():
 
 
 def test_growth_keeps_what_was_there():
-    cache = ShardedCache()
+    cache = KeptKV()
     for step in range(4):
         at = cache.append((Run(3 * step, 3 * step + 3),))
         cache.write(0, at, kv(3, seed=step), kv(3, seed=10 + step))
@@ -64,7 +65,7 @@ def test_growth_keeps_what_was_there():
 
 
 def test_room_that_was_reserved_is_allocated_once():
-    cache = ShardedCache()
+    cache = KeptKV()
     cache.reserve(12)
     cache.write(0, cache.append((Run(0, 5),)), kv(5), kv(5))
     before = cache.view(0, 0, 1).k_BTHD.data_ptr()
@@ -73,8 +74,44 @@ def test_room_that_was_reserved_is_allocated_once():
     assert cache.nbytes == cache.allocated_nbytes == 12 * 2 * 3 * 8 * 4
 
 
-def test_truncating_forgets_from_the_end():
+@given(runs, st.lists(st.integers(0, 60), max_size=4))
+def test_dropping_keeps_the_others_in_order(appended, bounds):
+    """KV that says which position it is of."""
+    cache, kept = KeptKV(), []
+    for index, run in enumerate(appended):
+        at = cache.append((run,))
+        marked = torch.tensor(list(run), dtype=torch.float32).view(1, -1, 1, 1)
+        cache.write(0, at, marked, -marked)
+        kept += list(run)
+        if index < len(bounds):
+            cache.drop_before(bounds[index])
+            kept = [position for position in kept if position >= bounds[index]]
+        assert positions(cache.runs) == kept and cache.tokens == len(kept)
+        view = cache.view(0, 0, cache.tokens)
+        assert view.k_BTHD.flatten().tolist() == kept
+        assert view.v_BTHD.flatten().tolist() == [-position for position in kept]
+
+
+def test_memory_that_a_window_left_is_given_back():
+    cache = KeptKV()
+    cache.write(0, cache.append((Run(0, 50),)), kv(50), kv(50, seed=1))
+    cache.drop_before(40)
+    cache.fit(5)
+    assert torch.equal(cache.view(0, 0, 10).k_BTHD, kv(50)[:, 40:])
+    assert cache.allocated_nbytes == 15 * 2 * 3 * 8 * 4
+
+
+def test_a_window_that_comes_late_is_a_fault():
     cache = ShardedCache()
+    cache.append((Run(0, 5),))
+    cache.of(None)
+    cache.append((Run(5, 8),))
+    with pytest.raises(RuntimeError, match="window of 7 came after the first pass"):
+        cache.of(7)
+
+
+def test_truncating_forgets_from_the_end():
+    cache = KeptKV()
     cache.write(0, cache.append((Run(0, 5),)), kv(5), kv(5))
     document = cache.runs
     cache.write(0, cache.append((Run(5, 8),)), kv(3), kv(3))

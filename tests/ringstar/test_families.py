@@ -5,12 +5,15 @@ The bound is 1e-5, or 20 times what the family's own float32 differs from its fl
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 import ringstar.passes
+from ringattn import Costs, RingStrategy
 from ringstar import LongContext, UserError
 from ringstar.models.rotary import Rotary
+from seqpar import positions
 from tests.support.models import (
     DYNAMIC,
     LONGROPE,
@@ -86,6 +89,45 @@ def test_a_document_is_encoded_for_a_length(name):
     encoded = ring.encode(random_ids(77))
     with pytest.raises(UserError, match=r"encode it with length=87 for this question"):
         ring.ask(encoded, random_ids(10), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped", "contiguous"])
+@pytest.mark.parametrize("chunk_tokens", [CHUNK, 8192])
+def test_layers_with_a_window_keep_what_it_shows(layout, chunk_tokens):
+    """gemma2: a window of 21 in one layer, none in the other."""
+    world, tokens, window, of_token = 3, 101, 21, 2 * 2 * 16 * 4
+    ring = runtime(tiny_folder("gemma2"), world, layout, chunk_tokens)
+    document = ring.encode(random_ids(tokens))
+    seen = set(range(tokens - window + 1, tokens))
+    kept = [set(positions(shard.cache.of(window).runs)) for shard in document.shards]
+    assert set().union(*kept) == seen and sum(map(len, kept)) == len(seen)
+    for rank, shard in enumerate(document.shards):
+        whole = shard.cache.of(None).tokens
+        assert document.metrics.kv_bytes[rank] == (whole + len(kept[rank])) * of_token
+        room = -(-ring.config.encode.answer_tokens // world)
+        allocated = shard.cache.of(window).allocated_nbytes
+        assert allocated <= (len(kept[rank]) + room) * of_token
+    first = ring.ask(document, random_ids(7), max_new_tokens=9)
+    assert ring.ask(document, random_ids(7), max_new_tokens=9).ids == first.ids
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped", "contiguous"])
+@pytest.mark.parametrize("chunk_tokens", [CHUNK, 8192])
+def test_ring_steps_that_no_window_reaches_are_skipped(layout, chunk_tokens):
+    """mixtral: a window of 21 in both layers; 40 tokens a rank."""
+    world, tokens, window = 4, 160, 21
+    ring = runtime(tiny_folder("mixtral"), world, layout, chunk_tokens)
+    document = ring.encode(random_ids(tokens))
+    costs = Costs(heads=4, kv_heads=2, head_dim=16, itemsize=4)
+    for rank in range(world):
+        place = SimpleNamespace(rank=rank, world_size=world)
+        strategy = RingStrategy(place, layout=layout, chunk_tokens=chunk_tokens)
+        plans = [extension.plan for extension in strategy.plan(0, tokens, ((),) * world)[1]]
+        sent, whole = (2 * sum(p.bytes_sent(costs, w) for p in plans) for w in (window, None))
+        assert document.metrics.bytes_sent[rank] == sent <= whole
+        if layout == "contiguous" and chunk_tokens > tokens:  # only the next rank sees it
+            assert sum(step.send > 0 for step in plans[0].new_steps(window)) == (rank < world - 1)
+            assert sum(bool(step.tiles) for step in plans[0].new_steps(window)) == 1 + (rank > 0)
 
 
 def other_window(by):

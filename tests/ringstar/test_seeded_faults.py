@@ -92,8 +92,8 @@ def lse_in_base_two(patch):
 def document_positions_off_by_one(patch):
     right = ringstar.models.bind.Rotary.plan
 
-    def plan(self, positions_T, like):
-        return right(self, positions_T + (positions_T.max() < 61), like)
+    def plan(self, positions_T, like, length):
+        return right(self, positions_T + (positions_T.max() < 61), like, length)
 
     patch(ringstar.models.bind.Rotary, "plan", plan)
 

@@ -64,23 +64,23 @@ def outcome(scenario: Scenario) -> tuple[float, bool]:
 def causal_on_every_rank(patch):
     """As published: bottom-right aligned, which hides the last Q − 1 − i keys from row i."""
 
-    def causal(self, window):
+    def causal(self, window, held):
         new = (Run(self.start, self.start + self.tokens),)
-        context = tuple(run for run in self.cache.runs if run.start < self.start)
+        context = tuple(run for run in held if run.start < self.start)
         context = tuple(Run(r.start, min(r.stop, self.start), r.step) for r in context)
-        held, rows = token_count(context), slice(0, self.tokens)
-        hidden = Tile(rows, slice(0, held), Band(held - self.tokens, 1, 0, 1))
+        keys, rows = token_count(context), slice(0, self.tokens)
+        hidden = Tile(rows, slice(0, keys), Band(keys - self.tokens, 1, 0, 1))
         own = [
-            Tile(tile.q, slice(tile.k.start + held, tile.k.stop + held), tile.band)
+            Tile(tile.q, slice(tile.k.start + keys, tile.k.stop + keys), tile.band)
             for tile in tiles(new, self.own, window)
         ]
-        return ((hidden,) if held else ()) + tuple(own)
+        return ((hidden,) if keys else ()) + tuple(own)
 
     right = ReplicatedPass._tiles
     patch(
         ReplicatedPass,
         "_tiles",
-        lambda self, window: (causal if self.start == DOCUMENT else right)(self, window),
+        lambda self, *args: (causal if self.start == DOCUMENT else right)(self, *args),
     )
 
 
@@ -120,9 +120,9 @@ def question_after_the_padded_length(patch):
     """The question is placed behind whole blocks, not behind the document."""
     right = RankEngine._rotary
 
-    def later(self, positions_T):
+    def later(self, positions_T, length):
         asked = int(positions_T.min()) >= DOCUMENT
-        return right(self, positions_T + asked * (-DOCUMENT % BLOCK))
+        return right(self, positions_T + asked * (-DOCUMENT % BLOCK), length + BLOCK)
 
     patch(RankEngine, "_rotary", later)
 
