@@ -7,6 +7,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,15 @@ def test_nothing_reads_the_environment_for_configuration():
             ]
             if isinstance(node, (ast.Subscript, ast.Call)) and "environ" in ast.unparse(node):
                 assert set(named) <= allowed, f"{path}: {named}"
+
+
+def test_every_package_is_packed():
+    """A wheel holds what `packages` lists, and nothing else."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    left_out = ("benchmarks", "tests", "kernels", ".")
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in ROOT.rglob("__init__.py")
+        if not path.relative_to(ROOT).as_posix().startswith(left_out)
+    }
+    assert {"localflash", *found} == set(listed)

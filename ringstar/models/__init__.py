@@ -2,15 +2,20 @@
 
 from ringstar.models.attention import PositionEmbeddings
 from ringstar.models.bind import BoundModel
-from ringstar.models.families import FAMILIES
+from ringstar.models.families import FAMILIES, SUPPORTED, features
 from ringstar.models.load import ModelFiles, choose_dtype, find_model, quiet_transformers
+from ringstar.models.tiny import TINY, save_tiny
 
 __all__ = [
     "FAMILIES",
+    "SUPPORTED",
+    "TINY",
     "BoundModel",
     "ModelFiles",
     "PositionEmbeddings",
     "choose_dtype",
+    "features",
     "find_model",
     "quiet_transformers",
+    "save_tiny",
 ]

@@ -5,28 +5,15 @@ Decided from `config.json` alone, before any weight is read.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ringstar.errors import UserError
 
-# model_type -> class that must be named in `architectures`
-FAMILIES = {
-    "cohere2": "Cohere2ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "starcoder2": "Starcoder2ForCausalLM",
-}
+# model_type -> class that must be named in `architectures`; written by `python -m launch.models`
+SUPPORTED = Path(__file__).with_name("supported.json")
+FAMILIES: dict[str, str] = json.loads(SUPPORTED.read_text())
 
 _RECURRENT = "has recurrent layers, whose state is not KV that can be split over ranks"
 _SHARED_KV = "shares KV between layers"
@@ -82,6 +69,24 @@ def check_family(path: str, config: Any) -> None:
             raise UserError(
                 "model.path", path, f"rope type {rope!r} is not supported; are: {allowed}"
             )
+
+
+def features(config: Any) -> list[str]:
+    """What this config has that not every model has, in words."""
+    found = []
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if window and (not kinds or "sliding_attention" in kinds):
+        found.append("windows in some layers" if "full_attention" in kinds else "windows")
+    if getattr(config, "attn_logit_softcapping", None):
+        found.append("softcap")
+    if config.model_type == "gpt_oss":
+        found.append("sinks")
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        found.append("experts")
+    if getattr(config, "no_rope_layers", None):
+        found.append("layers without rope")
+    return found + sorted(f"rope {rope}" for rope in rope_types(config) - {"default"})
 
 
 def _reason(config: Any) -> str:

@@ -34,7 +34,9 @@ class OneDevice:
         device: torch.device,
         attention: str = "sdpa",
     ):
-        model = load_weights(files, dtype=dtype, attn_implementation=attention)
+        # the experts' fused form has no float64
+        experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+        model = load_weights(files, dtype=dtype, attn_implementation=attention, **experts)
         self._model: Any = model.to(device)
         self._ends = files.end_tokens()
         self._cache = DynamicCache()
