@@ -13,7 +13,9 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import Store, TCPStore
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -37,7 +39,8 @@ def start_ranks(module: str, arguments: Sequence[str], nproc: int) -> int:
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     report = f"launch.report={store.port}:{os.getpid()}"
     try:
-        elastic_launch(_config(nproc), sys.executable)("-m", module, *arguments, report)
+        with _quiet_threads():
+            elastic_launch(_config(nproc), sys.executable)("-m", module, *arguments, report)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SignalException as error:
@@ -51,6 +54,27 @@ def start_ranks(module: str, arguments: Sequence[str], nproc: int) -> int:
     finally:
         logging.disable(logging.NOTSET)
     return DONE
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Without Python's complaint about a thread that a signal caught while it was being started.
+
+    The exception that ends the launcher takes such a thread off a list from which the thread then
+    wants to take itself.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        starting = "thread started by" in (unraisable.err_msg or "")
+        if not (starting and isinstance(unraisable.exc_value, KeyError)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def join_launcher(report: str) -> Store:

@@ -5,6 +5,7 @@ However a run ends, nothing of it stays behind, and one line says what happened.
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from launch.ranks import diagnose
+from launch.ranks import _quiet_threads, diagnose
 from tests.support.chat import chat_folder
 
 pytestmark = pytest.mark.slow
@@ -231,6 +232,21 @@ def test_launcher_killed_before_its_ranks_are_up(start, long_ask):
     run.wait_for(lambda: len(run.ranks()) == 2)
     run.process.kill()
     assert run.end()[0] == -signal.SIGKILL
+
+
+def test_a_thread_caught_by_a_signal_while_it_starts_is_not_reported(monkeypatch):
+    """What Python says when a thread is off the list of those that start before it runs."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: said.append(what.exc_type))
+    with _quiet_threads():
+        for error in (KeyError("thread"), ValueError("other")):
+            _thread.start_new_thread(raising, (error,))
+            time.sleep(0.2)
+    assert said == [ValueError]
+
+
+def raising(error):
+    raise error
 
 
 # -- the cause among several failures, without processes ---------------------------------------
