@@ -76,7 +76,7 @@ def check_request(config: ComparisonConfig) -> tuple[ModelFiles, Plan]:
     quiet_transformers()
     check_writable(config.output)
     _check_picture(config)
-    files = find_model(config.model)
+    files = find_model(config.model, config.rope)
     if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
         choose_kernel(config, files, torch.device("cpu"))
     check_weights(files)

@@ -55,7 +55,7 @@ def check_request(config: Config) -> tuple[ModelFiles, Request]:
     """All that can be found wrong before ranks start and weights load."""
     quiet_transformers()
     check_writable(config.output)
-    files = find_model(config.model)
+    files = find_model(config.model, config.rope)
     if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
         choose_kernel(config, files, torch.device("cpu"))
     check_weights(files)

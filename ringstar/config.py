@@ -22,6 +22,8 @@ PAST_BY = ("auto", "kv", "queries")
 MODELS = ("hf", "smollm2")
 # some thirty years: more overflows the clocks of the libraries below
 MAX_TIMEOUT_S = 1e9
+PRECISIONS = ("auto", "float32", "float64")
+SCALINGS = ("none", "linear", "dynamic", "yarn")
 TRANSPORTS = ("auto", "nccl", "gloo", "threads")
 # facts that there are to plant
 MAX_NEEDLES = 60
@@ -120,6 +122,27 @@ class ModelConfig:
 
 
 @dataclass
+class RopeConfig:
+    """How positions turn queries and keys, where that is not as the model has it.
+
+    `precision` is that of the angles: `float32` as the model's own module, or `float64`; auto takes
+    it from the longest text that the model may be used for.  `scaling` (linear, dynamic, yarn)
+    makes another model of it, for texts that are `factor` times longer.
+    """
+
+    precision: str = "auto"
+    scaling: str = "none"
+    factor: float | None = None
+
+    @property
+    def asked_scaling(self) -> tuple[str, float] | None:
+        """The kind and the factor, if there are both."""
+        return (
+            None if self.scaling == "none" or self.factor is None else (self.scaling, self.factor)
+        )
+
+
+@dataclass
 class DocumentConfig:
     """The document: exactly one of these."""
 
@@ -173,6 +196,7 @@ class Config:
     transport: TransportConfig = field(default_factory=TransportConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
     document: DocumentConfig = field(default_factory=DocumentConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -242,12 +266,25 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield _one_of("model", model.name, MODELS)
     yield _one_of("model.dtype", model.dtype, DTYPES)
     yield _count("model.ff_slice_tokens", model.ff_slice_tokens)
+    yield from _rope_rules(config.rope)
     yield _count("encode.chunk_tokens", config.encode.chunk_tokens)
     yield _count("encode.answer_tokens", config.encode.answer_tokens)
     yield _count("launch.nproc", config.launch.nproc)
     yield from _generation_rules(config.generation)
     if isinstance(config, ComparisonConfig):
         yield from _compare_rules(config.compare)
+
+
+def _rope_rules(rope: RopeConfig) -> Iterator[Rule]:
+    yield _one_of("rope.precision", rope.precision, PRECISIONS)
+    yield _one_of("rope.scaling", rope.scaling, SCALINGS)
+    factor, scaled = rope.factor, rope.scaling != "none"
+    allowed = f"rope.scaling={rope.scaling} needs it; allowed: a number above 1, as 4"
+    yield "rope.factor", factor, not scaled or factor is not None, allowed
+    in_range = factor is None or 1 < factor < float("inf")
+    yield "rope.factor", factor, in_range, "allowed: a number above 1, as 4"
+    allowed = f"allowed: only with rope.scaling={', '.join(SCALINGS[1:])}"
+    yield "rope.factor", factor, scaled or factor is None, allowed
 
 
 def _compare_rules(compare: CompareConfig) -> Iterator[Rule]:

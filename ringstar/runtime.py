@@ -20,6 +20,7 @@ from ringstar.config import (
     KernelConfig,
     ModelConfig,
     RingConfig,
+    RopeConfig,
     StarConfig,
     StrategyConfig,
     TransportConfig,
@@ -30,7 +31,7 @@ from ringstar.config import (
 from ringstar.engine import DocumentShard, OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.metrics import RankMetrics, gather_integers, gather_metrics
-from ringstar.models import ModelFiles, choose_dtype, find_model
+from ringstar.models import ModelFiles, choose_dtype, choose_rope_precision, find_model
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.strategies import check_document, describe, make_strategy
 from seqpar import Transport
@@ -64,10 +65,16 @@ class LongContext:
     """
 
     def __init__(self, config: Config, files: ModelFiles, ranks: Ranks, why_transport: str):
+        if files.scaling != config.rope.asked_scaling:
+            why = "these model files have another: find_model(config.model, config.rope)"
+            raise UserError("rope.scaling", config.rope.scaling, why)
         self.config, self.files, self._ranks = config, files, ranks
         first = ranks.transports[0]
         dtype, why_dtype = choose_dtype(config.model, files.config, first.device)
         choice = choose_kernel(config, files, first.device)
+        precision, why_precision = choose_rope_precision(
+            config.rope, files, beyond_limit=config.model.allow_beyond_limit
+        )
         self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
         self.device, self.dtype, self.kernel = first.device, dtype, choice.backend.name
         self._said: set[str] = set()
@@ -76,10 +83,17 @@ class LongContext:
             f"device {first.device.type}",
             f"dtype {str(dtype).removeprefix('torch.')} ({why_dtype})",
             choice.reason,
+            f"rope in {precision} ({why_precision})",
         )
+        if files.scaling:
+            kind, factor = files.scaling
+            self._say(
+                f"rope.scaling={kind} by {factor:g} changes the model: it no longer computes what"
+                f" its config says, and takes up to {files.max_positions:,} positions"
+            )
         for transport in ranks.transports:
             transport.publish("load")
-        model = files.load(config.model, dtype, first.device)
+        model = files.load(config.model, dtype, first.device, precision)
         self._engines = {
             transport.rank: RankEngine(
                 model,
@@ -106,6 +120,7 @@ class LongContext:
         threads_per_rank: int | None = None,
         timeout_s: float = 1800.0,
         allow_beyond_limit: bool = False,
+        rope: RopeConfig | None = None,
     ) -> LongContext:
         """Load an unmodified Hugging Face model for `world_size` ranks.
 
@@ -123,6 +138,7 @@ class LongContext:
             threads_per_rank: CPU threads of each rank; the cores are shared evenly unless given.
             timeout_s: how long a rank waits for another, seconds.
             allow_beyond_limit: accept more positions than the model was trained for.
+            rope: the precision of rotary angles, and their scaling for longer texts.
 
         Raises:
             UserError: a setting, or a model that cannot be run exactly, by name.
@@ -136,6 +152,7 @@ class LongContext:
             transport=TransportConfig(named, world_size, timeout_s, threads_per_rank),
             kernel=KernelConfig(kernel),
             model=ModelConfig(path=path, dtype=dtype, allow_beyond_limit=allow_beyond_limit),
+            rope=rope or RopeConfig(),
         )
         config.encode.chunk_tokens = chunk_tokens
         return cls.from_config(config, None if isinstance(transport, str) else transport)
@@ -144,7 +161,7 @@ class LongContext:
     def from_config(cls, config: Config, ranks: Ranks | None = None) -> LongContext:
         """The same from a typed config; `ranks` that are connected already are used as they are."""
         check(config)
-        files = find_model(config.model)
+        files = find_model(config.model, config.rope)
         if ranks is not None:
             check_strategy(config, ranks.transports[0].world_size)
             return cls(config, files, ranks, "as given")

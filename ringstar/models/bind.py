@@ -65,10 +65,10 @@ class BoundModel:
         return 2.0 * weights, 4.0 * heads * head_dim
 
 
-def bind(model: Any, *, ff_slice_tokens: int) -> BoundModel:
+def bind(model: Any, *, ff_slice_tokens: int, rope_precision: str = "float32") -> BoundModel:
     """Hook a model that was loaded with `attn_implementation="ringstar"`."""
     decoder = model.get_decoder()
-    rotary = Rotary(decoder.rotary_emb, decoder.config)
+    rotary = Rotary(decoder.rotary_emb, decoder.config, rope_precision)
     decoder.rotary_emb = _FromContext()
     for index, layer in enumerate(decoder.layers):
         kind = None if rotary.kinds == (None,) else decoder.config.layer_types[index]

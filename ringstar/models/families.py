@@ -105,8 +105,14 @@ def _reason(config: Any) -> str:
 
 def rope_types(config: Any) -> set[str]:
     """Of all layers, or of each kind of them."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [each for each in parameters.values() if isinstance(each, dict)]
     return {
-        each.get("rope_type") or each.get("type") or "default" for each in nested or [parameters]
+        each.get("rope_type") or each.get("type") or "default"
+        for each in rope_by_kind(config).values()
     }
+
+
+def rope_by_kind(config: Any) -> dict[str | None, dict[str, Any]]:
+    """Rope parameters of each kind of layers that has its own; of all layers under None."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = {kind: each for kind, each in parameters.items() if isinstance(each, dict)}
+    return nested or {None: parameters}

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from ringstar.config import ModelConfig
+from ringstar.config import ModelConfig, RopeConfig
 from ringstar.errors import UserError
 from ringstar.models.attention import NAME
 from ringstar.models.bind import BoundModel, bind
+from ringstar.models.extend import extend
 from ringstar.models.families import check_family, rope_types
 from ringstar.models.smollm2 import smollm2_folder
 from ringstar.prompt import PromptFormat, prompt_format
@@ -25,18 +26,35 @@ from ringstar.prompt import PromptFormat, prompt_format
 # transformers patches its classes while it loads, and two loads at once leave them patched
 _LOADING = threading.Lock()
 
+# A float32 angle near 2¹⁷ is rounded by up to 2⁻⁸ = 0.004, and its cos and sin with it: the last
+# bit of bfloat16 just below 1.  Up to there angles stay what transformers computes, and with them
+# the answers; past it that error exceeds bfloat16's, and doubles with the length of the text.
+FLOAT32_POSITIONS = 2**17
+_UP_TO = f"up to {FLOAT32_POSITIONS:,}"
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 class ModelFiles:
-    """A checked model whose weights are not loaded yet: config, tokenizer, prompt format."""
+    """A checked model whose weights are not loaded yet: config, tokenizer, prompt format.
 
-    def __init__(self, folder: Path, gguf: str | None, config: Any):
-        self.folder, self.gguf, self.config = folder, gguf, config
+    `scaling` is what its rope was scaled by, a kind and a factor, if it was not as stored.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        gguf: str | None,
+        config: Any,
+        scaling: tuple[str, float] | None = None,
+    ):
+        self.folder, self.gguf, self.config, self.scaling = folder, gguf, config, scaling
 
     @property
     def max_positions(self) -> int:
-        return self.config.max_position_embeddings
+        # `dynamic` reads the config's own value, so that one stays as it is
+        stored = self.config.max_position_embeddings
+        return int(stored * self.scaling[1]) if self.scaling else stored
 
     @property
     def vocab_size(self) -> int:
@@ -106,7 +124,13 @@ class ModelFiles:
             raise UserError("model.path", path, "unusable: not a JSON object")
         return content
 
-    def load(self, settings: ModelConfig, dtype: torch.dtype, device: torch.device) -> BoundModel:
+    def load(
+        self,
+        settings: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        rope_precision: str = "float32",
+    ) -> BoundModel:
         """Read the weights; a missing, damaged or ill-shaped one is an error, never random."""
         arguments: dict[str, Any] = dict(self._gguf_arguments)
         if self.gguf:
@@ -135,7 +159,11 @@ class ModelFiles:
                     self.folder,
                     f"weights {what} {len(keys)} tensors, {keys[0]} first",
                 )
-        return bind(model.to(device), ff_slice_tokens=settings.ff_slice_tokens)
+        return bind(
+            model.to(device),
+            ff_slice_tokens=settings.ff_slice_tokens,
+            rope_precision=rope_precision,
+        )
 
     @property
     def _gguf_arguments(self) -> dict[str, str]:
@@ -151,6 +179,8 @@ class ModelFiles:
 
 def load_weights(files: ModelFiles, **arguments: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained` for local files, one at a time in this process."""
+    if files.scaling:
+        arguments.setdefault("config", files.config)
     with _LOADING:
         return AutoModelForCausalLM.from_pretrained(
             files.folder, local_files_only=True, **arguments
@@ -162,8 +192,8 @@ def _is_derived(key: str) -> bool:
     return key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight"
 
 
-def find_model(settings: ModelConfig) -> ModelFiles:
-    """Check `model.path` by its config alone; raises UserError."""
+def find_model(settings: ModelConfig, rope: RopeConfig | None = None) -> ModelFiles:
+    """Check `model.path` by its config alone, and scale its rope as asked; raises UserError."""
     if settings.name == "smollm2" and settings.path is None:
         settings = replace(settings, path=str(smollm2_folder(settings.cache_dir)))
     if not settings.path:
@@ -184,7 +214,33 @@ def find_model(settings: ModelConfig) -> ModelFiles:
     except Exception as error:
         raise UserError("model.path", settings.path, f"unusable config: {_line(error)}") from error
     check_family(settings.path, config)
-    return ModelFiles(folder, gguf, config)
+    return ModelFiles(folder, gguf, config, _scale(config, gguf, rope or RopeConfig()))
+
+
+def _scale(config: Any, gguf: str | None, rope: RopeConfig) -> tuple[str, float] | None:
+    """Scale the rope of `config` as asked; what was done, if anything."""
+    asked = rope.asked_scaling
+    if asked is None:
+        return None
+    if gguf:
+        why = "a GGUF file is loaded by the config inside it; allowed: none, or a folder"
+        raise UserError("rope.scaling", rope.scaling, why)
+    extend(config, *asked)
+    return asked
+
+
+def choose_rope_precision(
+    rope: RopeConfig, files: ModelFiles, *, beyond_limit: bool
+) -> tuple[str, str]:
+    """float32 or float64 for rotary angles, and why; the same for every text of this model."""
+    if rope.precision != "auto":
+        return rope.precision, "as asked"
+    if beyond_limit:
+        return "float64", "model.allow_beyond_limit=true: texts may have any length"
+    longest = files.max_positions
+    if longest > FLOAT32_POSITIONS:
+        return "float64", f"texts of up to {longest:,} positions; float32 is for {_UP_TO}"
+    return "float32", f"as the model's own, for up to {longest:,} positions"
 
 
 def choose_dtype(
