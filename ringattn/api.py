@@ -9,8 +9,8 @@ from torch import Tensor
 
 import localflash
 from localflash import DenseKV
-from ringattn.plan import ExtendPlan
-from ringattn.prefill import KVBuffers, Ring, extend
+from ringattn.plan import ExtendPlan, PackedPlan
+from ringattn.prefill import KVBuffers, Past, Ring, extend
 from seqpar import Layout, LayoutKind, Transport
 
 
@@ -65,6 +65,7 @@ def ring_attention(
     runs = tuple(shares.runs(rank) for rank in range(transport.world_size))
     attend = partial(localflash.attend, scale=scale, softcap=softcap, backend=kernel)
     new = DenseKV(k.contiguous(), v.contiguous())
-    plan = ExtendPlan(transport.rank, runs, tuple(() for _ in runs))
+    plan = PackedPlan((ExtendPlan(transport.rank, runs, tuple(() for _ in runs)),))
     ring = Ring(transport, attend, buffers or KVBuffers())
-    return extend(q, new, new.slice(0, 0), plan, "none", ring, window)[0].to(q.dtype)
+    nothing = Past(new.slice(0, 0), "none")
+    return extend(q, new, [nothing], plan, ring, window)[0].to(q.dtype)

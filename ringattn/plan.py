@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from seqpar import Runs, Step, Tile, clip, ring_steps, tiles, token_count, travels, visible
+from seqpar import (
+    Runs,
+    Step,
+    Tile,
+    clip,
+    packed_steps,
+    ring_steps,
+    side_by_side,
+    tiles,
+    token_count,
+    travels,
+    visible,
+)
 
 PastBy = Literal["none", "kv", "queries"]
 
@@ -117,14 +129,49 @@ class ExtendPlan:
         return buffers + token_count(self.own) * costs.partial_bytes + kernel_bytes
 
     def bytes_sent(self, costs: Costs, window: int | None = None) -> int:
-        """What this rank sends for one layer of this extension."""
-        total = sum(step.send for step in self.new_steps(window)) * costs.kv_bytes
+        """What this rank sends for one layer of this extension, if it is alone."""
+        new = sum(step.send for step in self.new_steps(window)) * costs.kv_bytes
+        return new + self.past_bytes_sent(costs, window)
+
+    def past_bytes_sent(self, costs: Costs, window: int | None = None) -> int:
+        """The part of it that is for the past."""
         past_by = self.past_by(costs, window)
         if past_by == "kv":
-            total += sum(step.send for step in self.past_kv_steps(window)) * costs.kv_bytes
+            return sum(step.send for step in self.past_kv_steps(window)) * costs.kv_bytes
         if past_by == "queries":
-            total += _query_traffic(self.past_query_steps(window), self.new, self.rank, costs)
-        return total
+            return _query_traffic(self.past_query_steps(window), self.new, self.rank, costs)
+        return 0
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """Several texts extended in one pass: new tokens side by side, each after its own past."""
+
+    texts: tuple[ExtendPlan, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.texts[0].rank
+
+    @property
+    def rows(self) -> list[slice]:
+        """Where this rank's new tokens of each text are."""
+        return side_by_side([token_count(text.own) for text in self.texts])
+
+    @property
+    def largest_new(self) -> int:
+        """New tokens, of all texts, of the rank that has most."""
+        shares = zip(*(map(token_count, text.new) for text in self.texts), strict=True)
+        return max(sum(share) for share in shares)
+
+    def new_steps(self, window: int | None = None) -> tuple[Step, ...]:
+        """New queries against new KV of the same text, passing KV of all texts at once."""
+        return _packed(self.texts, window)
+
+    def bytes_sent(self, costs: Costs, window: int | None = None) -> int:
+        """What this rank sends for one layer of this pass."""
+        new = sum(step.send for step in self.new_steps(window)) * costs.kv_bytes
+        return new + sum(text.past_bytes_sent(costs, window) for text in self.texts)
 
 
 def largest_share(shares: tuple[Runs, ...]) -> int:
@@ -135,6 +182,12 @@ def largest_share(shares: tuple[Runs, ...]) -> int:
 @_remembered
 def _clipped(past: tuple[Runs, ...], start: int) -> tuple[Runs, ...]:
     return tuple(clip(runs, start) for runs in past)
+
+
+@_remembered
+def _packed(texts: tuple[ExtendPlan, ...], window: int | None) -> tuple[Step, ...]:
+    new = [text.new for text in texts]
+    return packed_steps(texts[0].rank, new, new, [text.new_steps(window) for text in texts])
 
 
 @_remembered

@@ -11,13 +11,15 @@ Partials are float32 (float64 for float64 input); KV travels in its own dtype, h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from localflash import DenseKV, Partial, empty_partial, merge_into
-from ringattn.plan import ExtendPlan, PastBy, QueryStep, largest_share
-from seqpar import Attend, Handle, Step, Transport, accumulate_tiles
+from ringattn.plan import ExtendPlan, PackedPlan, PastBy, QueryStep, largest_share
+from seqpar import Attend, Handle, Step, Transport, accumulate_tiles, rows_of
 
 
 class KVBuffers:
@@ -105,27 +107,40 @@ def _merge_home(coming: list[tuple[Handle, Partial | tuple[()]]], into: Partial)
             merge_into(*into, *back)
 
 
+class Past(NamedTuple):
+    """What this rank holds of a text from earlier, and how new queries of the text reach it."""
+
+    kv: DenseKV
+    by: PastBy
+
+
 def extend(
     q_BTHD: Tensor,
     new: DenseKV,
-    past: DenseKV,
-    plan: ExtendPlan,
-    past_by: PastBy,
+    pasts: Sequence[Past],
+    plan: PackedPlan,
     ring: Ring,
     window: int | None = None,
 ) -> Partial:
     """New tokens, sharded over ranks, against themselves and the past; a float32 partial.
 
-    `new` and `past` are this rank's shares, in the memory order of `plan`.
+    `new` and each text's past are this rank's shares, in the memory order of `plan`.
     """
     into = empty_partial(q_BTHD)
-    ring_pass(q_BTHD, new, plan.new_steps(window), into, ring, largest_share(plan.new))
-    if past_by == "kv":
-        seen = plan.past_seen(window)
-        ring_pass(q_BTHD, past, plan.past_kv_steps(window), into, ring, largest_share(seen))
-    elif past_by == "queries":
-        query_pass(q_BTHD, past, plan.past_query_steps(window), into, ring)
+    ring_pass(q_BTHD, new, plan.new_steps(window), into, ring, plan.largest_new)
+    for text, rows, past in zip(plan.texts, plan.rows, pasts, strict=True):
+        _past_pass(q_BTHD[:, rows], past, text, rows_of(into, rows), ring, window)
     return into
+
+
+def _past_pass(
+    q_BTHD: Tensor, past: Past, plan: ExtendPlan, into: Partial, ring: Ring, window: int | None
+) -> None:
+    if past.by == "kv":
+        seen = plan.past_seen(window)
+        ring_pass(q_BTHD, past.kv, plan.past_kv_steps(window), into, ring, largest_share(seen))
+    elif past.by == "queries":
+        query_pass(q_BTHD, past.kv, plan.past_query_steps(window), into, ring)
 
 
 def _pair(kv: DenseKV | None) -> list[Tensor]:

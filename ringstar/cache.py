@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localflash import DenseKV
-from seqpar import Run, Runs, clip, token_count
+from seqpar import Runs, clip, joined, token_count
 
 State = dict[int | None, Runs]
 
@@ -48,6 +48,8 @@ class ShardedCache:
     def reserve(self, tokens: int) -> None:
         """Room for so many tokens in layers without a window: appending them moves nothing."""
         self._room = tokens
+        if None in self._by_window:
+            self._by_window[None].reserve(tokens)
 
     def make_room(self, tokens: int) -> None:
         """Room for so many tokens more in every layer."""
@@ -111,7 +113,7 @@ class KeptKV:
         """Reserve the positions `runs`; returns the index where they will be written."""
         self.at = self.tokens
         for run in runs:
-            self.runs = _joined(self.runs, run)
+            self.runs = joined(self.runs, run)
         self.tokens += token_count(runs)
         self.reserve(self.tokens)
         return self.at
@@ -189,14 +191,3 @@ def _from(runs: Runs, position: int) -> list[slice]:
 def _empty(like: Tensor, tokens: int) -> Tensor:
     batch, _, heads, dim = like.shape
     return torch.empty(batch, tokens, heads, dim, dtype=like.dtype, device=like.device)
-
-
-def _joined(runs: Runs, run: Run) -> Runs:
-    """`runs` and then `run`, as one run where the spacing goes on: lists stay short."""
-    if not runs:
-        return (run,)
-    last = runs[-1]
-    gap = run.start - last.last
-    step = last.step if len(last) > 1 else gap
-    even = gap == step > 0 and (len(run) == 1 or run.step == step)
-    return (*runs[:-1], Run(last.start, run.last + 1, step)) if even else (*runs, run)

@@ -9,33 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringstar.cache import ShardedCache, State
 from ringstar.config import GenerationConfig
 from ringstar.models import BoundModel, PositionEmbeddings
-from ringstar.passes import ExtendPass, ReplicatedPass, turn_runs
+from ringstar.passes import ExtendPass, ReplicatedPart, ReplicatedPass, turn_runs
 from ringstar.sampling import NO_TOKEN, Sampler
+from ringstar.shard import TextShard
 from ringstar.strategies import Extension, Strategy
 from ringstar.unified import UnifiedMax
-from seqpar import Runs, Transport, positions, token_count
+from seqpar import Transport, positions, side_by_side, token_count
 
 OnProgress = Callable[[float], None]
 DUMMY_ID = 0
 
 
-@dataclass
-class DocumentShard:
-    """What one rank holds of an encoded document: `owned[r]` is what each rank r holds.
+@dataclass(frozen=True, slots=True)
+class EncodeCost:
+    """What it took this rank to encode one document or several: seconds, bytes."""
 
-    `length` is that of the whole text, which some rotary embeddings depend on; `state` is what
-    the cache holds of the document alone.
-    """
-
-    cache: ShardedCache
-    tokens: int
-    length: int
-    owned: tuple[Runs, ...]
-    state: State
-    encode_s: float
+    seconds: float
     bytes_sent: int
 
 
@@ -66,60 +57,106 @@ class RankEngine:
         self._room = _share(answer_tokens, transport.world_size)
 
     def encode(
-        self, ids: Sequence[int], strategy: Strategy, on_progress: OnProgress, length: int = 0
-    ) -> DocumentShard:
-        """Encode a document of at least one token; its KV stays with the ranks that made it.
+        self,
+        documents: Sequence[Sequence[int]],
+        strategy: Strategy,
+        on_progress: OnProgress,
+        lengths: Sequence[int] = (),
+    ) -> tuple[list[TextShard], EncodeCost]:
+        """Encode documents of at least one token together; KV stays with the ranks that made it.
 
-        `length` counts the positions of the whole text, if that is longer than the document.
+        `lengths` count the positions of each whole text, where that is longer than its document.
         """
-        length = max(length, len(ids))
         started, sent = time.perf_counter(), self._transport.counters.bytes_sent
-        self._transport.check_agreement("document", list(ids))
-        owned, plan = strategy.plan(0, len(ids), ((),) * self._transport.world_size)
-        cache = ShardedCache()
-        cache.reserve(sum(token_count(extension.kept) for extension in plan) + self._room)
+        self._transport.check_agreement("document", list(map(list, documents)), list(lengths))
+        world = self._transport.world_size
+        shards = [TextShard(world, length) for length in lengths or [0] * len(documents)]
+        self.extend(shards, documents, strategy, on_progress)
+        for shard in shards:
+            shard.keep()
+        _finish_device_work(self._transport.device)
+        sent = self._transport.counters.bytes_sent - sent
+        return shards, EncodeCost(time.perf_counter() - started, sent)
+
+    def extend(
+        self,
+        shards: Sequence[TextShard],
+        new: Sequence[Sequence[int]],
+        strategy: Strategy,
+        on_progress: OnProgress,
+    ) -> None:
+        """Encode new tokens of each text, spread over ranks, after what is there."""
+        owned, plan = strategy.plan([s.span(len(ids)) for s, ids in zip(shards, new, strict=True)])
+        rank = self._transport.rank
+        for shard, ids, runs in zip(shards, new, owned, strict=True):
+            shard.length = max(shard.length, shard.tokens + len(ids))
+            held = token_count(shard.owned[rank]) + token_count(runs[rank])
+            shard.cache.reserve(held + self._room)
+            shard.cache.forget(shard.tokens)
         progress = _Progress(self._model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
-            self._extend(ids, extension, cache, length, progress)
-            cache.forget(extension.encoded)
-        cache.fit(self._room)
-        _finish_device_work(self._transport.device)
-        took = time.perf_counter() - started
-        sent = self._transport.counters.bytes_sent - sent
-        return DocumentShard(cache, len(ids), length, owned, cache.state, took, sent)
+            self._extend(shards, new, extension, progress)
+        for shard, ids, runs in zip(shards, new, owned, strict=True):
+            shard.cache.fit(self._room)
+            shard.grow(len(ids), runs)
 
     def generate(
-        self, shard: DocumentShard, query_ids: Sequence[int], settings: GenerationConfig
+        self, shard: TextShard, query_ids: Sequence[int], settings: GenerationConfig
     ) -> Generator[GeneratedToken, None, None]:
         """Answer tokens, for as long as the caller asks; the document is left as it was."""
         self._transport.check_agreement("question", list(query_ids), settings)
         sampler = Sampler(settings)
-        shard.cache.truncate(shard.state)
-        start, new = shard.tokens, list(query_ids)
+        shard.rewind()
+        new = list(query_ids)
         shard.cache.make_room(self._most_kept(len(new), settings))
         self._transport.publish("question")
         first = True
         try:
             while True:
-                logits = self._replicated(new, start, shard.cache, 1)[0]
+                logits = self.read([shard], [new])[0]
                 token = self._agree(logits, sampler)
                 yield GeneratedToken(token, time.perf_counter(), logits if first else None)
-                start, new, first = start + len(new), [token], False
+                new, first = [token], False
                 if self._transport.phase != "decode":
                     self._transport.publish("decode")
         finally:
-            shard.cache.truncate(shard.state)
+            shard.rewind()
 
-    def score(self, shard: DocumentShard, query_ids: Sequence[int], last: int) -> Tensor:
+    def score(self, shard: TextShard, query_ids: Sequence[int], last: int) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
         self._transport.check_agreement("continuation", list(query_ids), last)
         self._transport.publish("score")
-        shard.cache.truncate(shard.state)
+        shard.rewind()
         try:
-            return self._replicated(query_ids, shard.tokens, shard.cache, last)
+            return self.read([shard], [query_ids], last)
         finally:
-            shard.cache.truncate(shard.state)
+            shard.rewind()
+
+    def read(
+        self, shards: Sequence[TextShard], new: Sequence[Sequence[int]], last: int = 1
+    ) -> Tensor:
+        """Read a few new tokens of each text on every rank, after what is there.
+
+        Float32 logits (texts · last, vocab) at the last tokens of each text, in order.
+        """
+        world, rank = self._transport.world_size, self._transport.rank
+        rows = side_by_side([len(ids) for ids in new])
+        parts, plans = [], []
+        for shard, ids, row in zip(shards, new, rows, strict=True):
+            start, stop = shard.tokens, shard.tokens + len(ids)
+            turns = [turn_runs(start, len(ids), other, world) for other in range(world)]
+            shard.cache.append(turns[rank])
+            shard.grow(len(ids), turns)
+            parts.append(ReplicatedPart(start, row, turns[rank], shard.cache))
+            plans.append((self._tensor(range(start, stop)), stop))
+        positions_T = torch.cat([positions_T for positions_T, _ in plans])
+        context = ReplicatedPass(
+            self._rotary(plans), parts, self._transport, self._kernel, self._unified
+        )
+        wanted = [index for row in rows for index in range(row.stop - last, row.stop)]
+        token_ids = self._tensor([token for ids in new for token in ids])
+        return self._model.forward(token_ids, positions_T, context, logits=wanted)
 
     def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
         """The most tokens of a question and its answer that one rank may have to keep."""
@@ -132,42 +169,30 @@ class RankEngine:
 
     def _extend(
         self,
-        ids: Sequence[int],
+        shards: Sequence[TextShard],
+        new: Sequence[Sequence[int]],
         extension: Extension,
-        cache: ShardedCache,
-        length: int,
         progress: _Progress,
     ) -> None:
-        cache.append(extension.kept)
-        positions_T = self._tensor(positions(extension.positions) or [0])
+        """One forward pass; a rank with nothing to compute runs one dummy token."""
+        parts = [(shards[part.text], part) for part in extension.parts]
+        for shard, part in parts:
+            shard.cache.append(part.kept)
+        plans = [(self._tensor(positions(part.positions)), shard.length) for shard, part in parts]
+        if not any(part.positions for _, part in parts):
+            plans = [(self._tensor([0]), parts[0][0].length)]
         context = ExtendPass(
-            self._rotary(positions_T, length),
+            self._rotary(plans),
             extension,
-            cache,
+            [shard.cache for shard, _ in parts],
             self._kernel,
             progress.layer_done(extension),
         )
-        token_ids = self._tensor(extension.token_ids(ids) or [DUMMY_ID])
-        self._model.forward(token_ids, positions_T, context, logits=0)
-
-    def _replicated(
-        self, new: Sequence[int], start: int, cache: ShardedCache, logits: int
-    ) -> Tensor:
-        rank, world = self._transport.rank, self._transport.world_size
-        own = turn_runs(start, len(new), rank, world)
-        cache.append(own)
-        positions_T = self._tensor(list(range(start, start + len(new))))
-        context = ReplicatedPass(
-            self._rotary(positions_T, start + len(new)),
-            start,
-            len(new),
-            own,
-            cache,
-            self._transport,
-            self._kernel,
-            self._unified,
-        )
-        return self._model.forward(self._tensor(new), positions_T, context, logits=logits)
+        token_ids = self._tensor(extension.token_ids(new) or [DUMMY_ID])
+        positions_T = torch.cat([positions_T for positions_T, _ in plans])
+        self._model.forward(token_ids, positions_T, context, logits=[])
+        for shard, part in parts:
+            shard.cache.forget(part.encoded)
 
     def _agree(self, logits_V: Tensor, sampler: Sampler) -> int:
         """Rank 0 chooses and tells the others, so that ranks never differ about an end."""
@@ -179,9 +204,10 @@ class RankEngine:
             raise RuntimeError("the model gave logits that are not finite")
         return int(token)
 
-    def _rotary(self, positions_T: Tensor, length: int) -> PositionEmbeddings:
+    def _rotary(self, plans: Sequence[tuple[Tensor, int]]) -> PositionEmbeddings:
+        """cos and sin of texts side by side, each (positions_T, length of the whole text)."""
         like = torch.empty(0, dtype=self._model.dtype, device=self._model.device)
-        return self._model.rotary.plan(positions_T, like, length)
+        return self._model.rotary.plan_texts(plans, like)
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)

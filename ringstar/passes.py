@@ -5,8 +5,8 @@ B batch, T tokens of this forward, H query heads, K key/value heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,24 +14,25 @@ from torch import Tensor
 
 import localflash
 from localflash import DenseKV, Partial, add_sinks
-from ringstar.cache import ShardedCache
+from ringstar.cache import KeptKV, ShardedCache
 from ringstar.models import PositionEmbeddings
 from ringstar.strategies import Extension
 from ringstar.unified import UnifiedMax
-from seqpar import Attend, Run, Runs, Tile, Transport, attend_sharded, tiles, token_count
+from seqpar import Attend, Held, Run, Runs, Tile, Transport, attend_sharded, tiles, token_count
 
 
 @dataclass
 class ExtendPass:
-    """New tokens of a document: each rank computes its own, and keeps all or the last of them.
+    """New tokens of texts: each rank computes its own, and keeps all or the last of each text's.
 
     A rank that has nothing to compute runs one dummy token, which is cut off here: neither its
-    KV nor its result is kept, but the rank takes part in every exchange.
+    KV nor its result is kept, but the rank takes part in every exchange.  `caches` are those of
+    the texts of `extension.parts`.
     """
 
     position_embeddings: PositionEmbeddings
     extension: Extension
-    cache: ShardedCache
+    caches: Sequence[ShardedCache]
     kernel: str
     on_layer: Callable[[], None]
 
@@ -47,39 +48,71 @@ class ExtendPass:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        own = token_count(self.extension.positions)
-        kept = token_count(self.extension.kept)
-        held = self.cache.of(window)
+        own = sum(token_count(part.positions) for part in self.extension.parts)
         new = DenseKV(k_BTKD[:, :own], v_BTKD[:, :own])
-        to_keep = new.slice(own - kept, own)
-        held.write(layer, held.at, to_keep.k_BTHD, to_keep.v_BTHD)
-        if kept == own:  # the cache's copy lies as kernels and transfers like it
-            new = held.view(layer, held.at, held.at + kept)
+        held = [cache.of(window) for cache in self.caches]
+        self._keep(layer, new, held)
+        if len(held) == 1 and held[0].tokens - held[0].at == own:
+            # the cache's copy lies as kernels and transfers like it
+            new = held[0].view(layer, held[0].at, held[0].tokens)
         whole = self.extension.attend(
             layer,
             q_BTHD[:, :own],
             new,
-            held.view(layer, 0, held.at),
+            [kept.view(layer, 0, kept.at) for kept in held],
             window=window,
             attend=_bound(self.kernel, scale, softcap),
         )
         self.on_layer()
         return _output(whole, sinks, q_BTHD.dtype) if own else q_BTHD.new_zeros(q_BTHD.shape)
 
+    def _keep(self, layer: int, new: DenseKV, held: Sequence[KeptKV]) -> None:
+        """Write the last tokens of each text to its own cache."""
+        stop = 0
+        for part, cache in zip(self.extension.parts, held, strict=True):
+            stop += token_count(part.positions)
+            kept = new.slice(stop - token_count(part.kept), stop)
+            cache.write(layer, cache.at, kept.k_BTHD, kept.v_BTHD)
+
+
+@dataclass
+class ReplicatedPart:
+    """A few new tokens of one text: `own` of them, as positions, are this rank's to keep.
+
+    `start` is the position of the first one, `rows` where they are in the pass.
+    """
+
+    start: int
+    rows: slice
+    own: Runs
+    cache: ShardedCache
+    _tiles: dict[int | None, tuple[Tile, ...]] = field(default_factory=dict)
+
+    def write(self, layer: int, window: int | None, k_BTKD: Tensor, v_BTKD: Tensor) -> Held:
+        """Keep what is this rank's of the pass's KV; what it now holds of the text."""
+        held, at = self.cache.of(window), self.rows.start - self.start
+        for run in self.own:
+            kept = slice(run.start + at, run.stop + at)
+            held.write(layer, held.at, k_BTKD[:, kept], v_BTKD[:, kept])
+        kv = held.view(layer, 0, held.tokens) if held.tokens else _none(k_BTKD, v_BTKD)
+        return Held(self.rows, kv, self.tiles(window, held.runs))
+
+    def tiles(self, window: int | None, held: Runs) -> tuple[Tile, ...]:
+        if window not in self._tiles:
+            new = Run(self.start, self.start + self.rows.stop - self.rows.start)
+            self._tiles[window] = tiles((new,), held, window)
+        return self._tiles[window]
+
 
 @dataclass
 class ReplicatedPass:
     """A few new tokens that every rank computes, against KV that is sharded over ranks.
 
-    Their KV is dealt over ranks (`turn_runs`): `own` is the part of them that this rank keeps,
-    as positions; `start` is the position of the first one.
+    Their KV is dealt over ranks (`turn_runs`).
     """
 
     position_embeddings: PositionEmbeddings
-    start: int
-    tokens: int
-    own: Runs
-    cache: ShardedCache
+    parts: Sequence[ReplicatedPart]
     transport: Transport
     kernel: str
     unified: UnifiedMax | None = None
@@ -96,14 +129,9 @@ class ReplicatedPass:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        held = self.cache.of(window)
-        for run in self.own:
-            kept = slice(run.start - self.start, run.stop - self.start)
-            held.write(layer, held.at, k_BTKD[:, kept], v_BTKD[:, kept])
         whole = attend_sharded(
             q_BTHD,
-            held.view(layer, 0, held.tokens) if held.tokens else _none(k_BTKD, v_BTKD),
-            self._tiles(window, held.runs),
+            [part.write(layer, window, k_BTKD, v_BTKD) for part in self.parts],
             transport=self.transport,
             attend=self._kernel_of(layer, scale, softcap),
         )
@@ -113,15 +141,6 @@ class ReplicatedPass:
         if self.unified is None:
             return _bound(self.kernel, scale, softcap)
         return self.unified.of(layer, self.kernel, scale, softcap)
-
-    def _tiles(self, window: int | None, held: Runs) -> tuple[Tile, ...]:
-        if window not in self._known_tiles:
-            new = (Run(self.start, self.start + self.tokens),)
-            self._known_tiles[window] = tiles(new, held, window)
-        return self._known_tiles[window]
-
-    def __post_init__(self) -> None:
-        self._known_tiles: dict[int | None, tuple[Tile, ...]] = {}
 
 
 def turn_runs(start: int, tokens: int, rank: int, world: int) -> Runs:

@@ -28,11 +28,12 @@ from ringstar.config import (
     check_generation,
     strategy_config,
 )
-from ringstar.engine import DocumentShard, OnProgress, RankEngine
+from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.metrics import RankMetrics, gather_integers, gather_metrics
 from ringstar.models import ModelFiles, choose_dtype, choose_rope_precision, find_model
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
+from ringstar.shard import TextShard
 from ringstar.strategies import check_document, describe, make_strategy
 from seqpar import Transport
 
@@ -46,14 +47,15 @@ class Document:
     """An encoded document: its KV stays sharded over the ranks that made it.
 
     `encode_s` is the slowest rank's, `metrics` every rank's, `shards` those of the ranks in this
-    process.
+    process.  Of documents that were encoded together, `encode_s` and `metrics.bytes_sent` are
+    those of all.
     """
 
     tokens: int
     strategy: StrategyConfig
     encode_s: float
     metrics: RankMetrics
-    shards: list[DocumentShard] = field(repr=False)
+    shards: list[TextShard] = field(repr=False)
     owner: LongContext = field(repr=False, compare=False)
 
 
@@ -187,24 +189,56 @@ class LongContext:
             UserError: it is empty, has ids outside the vocabulary, is too long, or does not fit
                 the strategy.
         """
+        one = [length] if length else None
+        return self.encode_batch([document], on_progress, strategy=strategy, lengths=one)[0]
+
+    def encode_batch(
+        self,
+        documents: Sequence[Text],
+        on_progress: OnProgress | None = None,
+        *,
+        strategy: StrategyConfig | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> list[Document]:
+        """Encode several documents together, of any lengths, without padding.
+
+        By the ring they share forward passes of up to `encode.chunk_tokens` on each rank; each
+        comes out as if it were alone.  By star they are encoded one after another.  `lengths` are
+        those of the whole texts, as `length` of `encode`.
+
+        Raises:
+            UserError: as `encode`, of any of them; or there are none.
+        """
         chosen = strategy or self.config.strategy
-        ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
+        if not documents or (lengths is not None and len(lengths) != len(documents)):
+            what = "none are given" if not documents else f"have {len(lengths or ())} lengths"
+            raise UserError("documents", len(documents), f"{what}; needed are one or more of each")
+        files = self.files
+        ids = [token_ids("document", d, files.context_ids, files.vocab_size) for d in documents]
         config = replace(self.config, strategy=chosen)
-        check_fits(config, self.files, self.world_size, len(ids))
-        self._say(describe(chosen, len(ids), self.world_size))
+        for document in ids:
+            check_fits(config, files, self.world_size, len(document))
+            self._say(describe(chosen, len(document), self.world_size))
         quiet: OnProgress = lambda _: None  # noqa: E731
 
-        def encode(transport: Transport) -> tuple[DocumentShard, RankMetrics, int]:
+        def encode(transport: Transport) -> tuple[list[TextShard], list[RankMetrics], int]:
             transport.check_agreement("strategy", chosen)
             report = on_progress if on_progress and transport.rank == 0 else quiet
-            made = make_strategy(chosen, self.config.encode, transport, self.files.vocab_size)
-            shard = self._engines[transport.rank].encode(ids, made, report, length)
-            (took,) = gather_integers(transport, [round(shard.encode_s * 1e9)])
-            metrics = gather_metrics(transport, shard.cache.nbytes, shard.bytes_sent)
-            return shard, metrics, max(took)
+            made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
+            shards, cost = self._engines[transport.rank].encode(ids, made, report, lengths or ())
+            (took,) = gather_integers(transport, [round(cost.seconds * 1e9)])
+            metrics = [
+                gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent) for shard in shards
+            ]
+            return shards, metrics, max(took)
 
-        shards, (metrics, *_), (took, *_) = zip(*self._ranks.run(encode), strict=True)
-        return Document(len(ids), chosen, took / 1e9, metrics, list(shards), self)
+        by_rank, (metrics, *_), (took, *_) = zip(*self._ranks.run(encode), strict=True)
+        return [
+            Document(len(document), chosen, took / 1e9, figures, list(shards), self)
+            for document, figures, shards in zip(
+                ids, metrics, zip(*by_rank, strict=True), strict=True
+            )
+        ]
 
     def ask(
         self,
@@ -277,7 +311,7 @@ class LongContext:
 
         return self._ranks.run(score)[0].cpu()
 
-    def _shards(self, document: Document) -> dict[int, DocumentShard]:
+    def _shards(self, document: Document) -> dict[int, TextShard]:
         """What each rank of this process holds of a document."""
         if document.owner is not self:
             raise UserError("document", None, "was encoded by another LongContext: encode it here")

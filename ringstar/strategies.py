@@ -11,36 +11,23 @@ from localflash import DenseKV, Partial
 from ringattn import RingStrategy
 from ringstar.config import EncodeConfig, RingConfig, StarConfig, StrategyConfig
 from ringstar.errors import UserError
-from seqpar import Attend, Runs, Transport, Work
+from seqpar import Attend, Part, Runs, Span, Transport, Work
 from starattn import Anchor, Blocks, StarStrategy, make_blocks
 
 
 class Extension(Protocol):
-    """Some new tokens of a document, encoded in one forward pass of this rank."""
+    """Some new tokens of one or more texts, encoded in one forward pass of this rank."""
 
     @property
-    def positions(self) -> Runs:
-        """What this rank computes, in order."""
-        ...
-
-    @property
-    def kept(self) -> Runs:
-        """The positions among them that it keeps, which come last."""
+    def parts(self) -> Sequence[Part]:
+        """What this rank computes of each text, in this order; the same texts on every rank."""
         ...
 
     @property
     def work(self) -> Work: ...
 
-    def token_ids(self, ids: Sequence[int]) -> list[int]:
-        """The tokens at `positions`, where `ids` is the whole document."""
-        ...
-
-    @property
-    def encoded(self) -> int:
-        """Once this pass is over, all positions before this one are encoded on all ranks.
-
-        At least this is not more than true: 0 where passes do not go from first to last.
-        """
+    def token_ids(self, ids: Sequence[Sequence[int]]) -> list[int]:
+        """The tokens at the positions of `parts`; `ids[i]` are those of span i."""
         ...
 
     def attend(
@@ -48,25 +35,23 @@ class Extension(Protocol):
         layer: int,
         q_BTHD: Tensor,
         new: DenseKV,
-        past: DenseKV,
+        pasts: Sequence[DenseKV],
         *,
         window: int | None,
         attend: Attend,
     ) -> Partial:
         """One layer's attention for the tokens of this pass; float32, complete over all keys.
 
-        `new` is the KV of those tokens, `past` what this rank kept before them.
+        `new` is the KV of those tokens, `pasts` what this rank kept of each text before them.
         """
         ...
 
 
 class Strategy(Protocol):
-    """How positions [start, stop) are encoded after what each rank already holds."""
+    """How new tokens of texts are encoded after what each rank already holds of them."""
 
-    def plan(
-        self, start: int, stop: int, past: tuple[Runs, ...]
-    ) -> tuple[tuple[Runs, ...], Sequence[Extension]]:
-        """What each rank keeps of them, and this rank's forward passes, one after another."""
+    def plan(self, spans: Sequence[Span]) -> tuple[Sequence[tuple[Runs, ...]], Sequence[Extension]]:
+        """What each rank keeps of each span, and this rank's passes, one after another."""
         ...
 
 

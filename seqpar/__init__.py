@@ -1,9 +1,10 @@
 """What both strategies share: transports, layouts, ring schedules, the cross-rank merge."""
 
-from seqpar.layout import Layout, LayoutKind, Run, Runs, clip, positions, token_count
-from seqpar.local import Attend, accumulate_tiles
+from seqpar.layout import Layout, LayoutKind, Run, Runs, clip, joined, positions, token_count
+from seqpar.local import Attend, accumulate_tiles, rows_of
+from seqpar.packing import Part, Span, cut, packed_steps, side_by_side
 from seqpar.schedule import Step, Tile, Work, pairs, ring_steps, tiles, travels, visible
-from seqpar.softmax import attend_sharded, merge_across_ranks, query_attention
+from seqpar.softmax import Held, attend_sharded, merge_across_ranks, query_attention
 from seqpar.threads import Link, ThreadTransport, ThreadWorld
 from seqpar.transport import Counters, Done, Event, Handle, Transport, TransportError
 
@@ -13,11 +14,14 @@ __all__ = [
     "Done",
     "Event",
     "Handle",
+    "Held",
     "Layout",
     "LayoutKind",
     "Link",
+    "Part",
     "Run",
     "Runs",
+    "Span",
     "Step",
     "ThreadTransport",
     "ThreadWorld",
@@ -28,11 +32,16 @@ __all__ = [
     "accumulate_tiles",
     "attend_sharded",
     "clip",
+    "cut",
+    "joined",
     "merge_across_ranks",
+    "packed_steps",
     "pairs",
     "positions",
     "query_attention",
     "ring_steps",
+    "rows_of",
+    "side_by_side",
     "tiles",
     "token_count",
     "travels",

@@ -54,6 +54,17 @@ def clip(runs: Runs, start: int) -> Runs:
     )
 
 
+def joined(runs: Runs, run: Run) -> Runs:
+    """`runs` and then `run`, as one run where the spacing goes on: lists stay short."""
+    if not runs:
+        return (run,)
+    last = runs[-1]
+    gap = run.start - last.last
+    step = last.step if len(last) > 1 else gap
+    even = gap == step > 0 and (len(run) == 1 or run.step == step)
+    return (*runs[:-1], Run(last.start, run.last + 1, step)) if even else (*runs, run)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the positions [start, stop) are dealt over `world` ranks.

@@ -26,8 +26,13 @@ def accumulate_tiles(
     q_BTHD: Tensor, kv: DenseKV, tiles: Sequence[Tile], into: Partial, attend: Attend
 ) -> None:
     """Accumulate each tile into the rows that it concerns."""
-    out, lse = into
     for tile in tiles:
         part = kv.slice(tile.k.start, tile.k.stop)
-        rows = (out[:, tile.q], lse[:, :, tile.q])
+        rows = rows_of(into, tile.q)
         attend(q_BTHD[:, tile.q], part.k_BTHD, part.v_BTHD, tile.band, into=rows)
+
+
+def rows_of(partial: Partial, rows: slice) -> Partial:
+    """The part of a partial that belongs to these query tokens, without a copy."""
+    out_BTHD, lse_BHT = partial
+    return out_BTHD[:, rows], lse_BHT[:, :, rows]

@@ -7,27 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import localflash
 from localflash import Band, DenseKV, Partial, empty_partial, merge_many
-from seqpar.local import Attend, accumulate_tiles
+from seqpar.local import Attend, accumulate_tiles, rows_of
 from seqpar.schedule import Tile
 from seqpar.transport import Transport
 
 
+class Held(NamedTuple):
+    """What a rank holds of one text, and the calls for the query tokens `rows` of that text."""
+
+    rows: slice
+    kv: DenseKV
+    tiles: Sequence[Tile]
+
+
 def attend_sharded(
-    q_BTHD: Tensor, kv: DenseKV, tiles: Sequence[Tile], *, transport: Transport, attend: Attend
+    q_BTHD: Tensor, texts: Sequence[Held], *, transport: Transport, attend: Attend
 ) -> Partial:
-    """Replicated queries against this rank's keys, then merged over all ranks."""
-    if len(tiles) == 1 and tiles[0] == Tile(slice(0, q_BTHD.shape[1]), slice(0, kv.tokens), None):
+    """Replicated queries against this rank's keys, text by text, then merged over all ranks."""
+    kv, tiles = texts[0].kv, texts[0].tiles
+    all_of_it = (Tile(slice(0, q_BTHD.shape[1]), slice(0, kv.tokens), None),)
+    if len(texts) == 1 and tuple(tiles) == all_of_it:
         # decoding: one call, and nothing to merge it into
         own = attend(q_BTHD, kv.k_BTHD, kv.v_BTHD, None)
     else:
         own = empty_partial(q_BTHD)
-        accumulate_tiles(q_BTHD, kv, tiles, own, attend)
+        for rows, kv, tiles in texts:
+            accumulate_tiles(q_BTHD[:, rows], kv, tiles, rows_of(own, rows), attend)
     return merge_across_ranks(*own, transport)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from localflash import DenseKV, Partial
-from seqpar import Attend, Run, Runs, Transport, Work, token_count
+from seqpar import Attend, Part, Run, Runs, Span, Transport, Work, token_count
 from starattn.anchors import Anchor
 from starattn.blocks import Blocks, make_blocks
 from starattn.encode import AnchorKV, encode_layer
@@ -17,14 +17,23 @@ from starattn.plan import Pass, Share, plan_passes
 
 @dataclass(frozen=True)
 class StarExtension:
-    """One forward pass of this rank: anchor tokens, if it computes any, then its own."""
+    """One forward pass of this rank: anchor tokens, if it computes any, then its own.
 
+    `number`: which of the documents that are encoded together it is for.
+    """
+
+    number: int
     step: Pass
     blocks: Blocks
     anchor: Anchor
     anchors: AnchorKV
     transport: Transport
     vocab_size: int
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Blocks are encoded in any order: nothing is known to be over."""
+        return (Part(self.number, self.positions, self.kept, encoded=0),)
 
     @property
     def positions(self) -> Runs:
@@ -44,26 +53,22 @@ class StarExtension:
     def work(self) -> Work:
         return Work(token_count(self.positions), self.step.pairs)
 
-    def token_ids(self, ids: Sequence[int]) -> list[int]:
+    def token_ids(self, ids: Sequence[Sequence[int]]) -> list[int]:
         """The tokens at `positions`, which for an anchor may be others than the document's."""
+        document = ids[self.number]
         dropped, block = self.step.dropped, self.step.lane.block
         anchor: list[int] = []
         if dropped:
-            anchor = self.anchor.token_ids(block, self.blocks, ids, self.vocab_size)
-        own = [ids[position] for run in self.kept for position in run]
+            anchor = self.anchor.token_ids(block, self.blocks, document, self.vocab_size)
+        own = [document[position] for run in self.kept for position in run]
         return anchor[dropped.start : dropped.stop] + own
-
-    @property
-    def encoded(self) -> int:
-        """Blocks are encoded in any order: nothing is known to be over."""
-        return 0
 
     def attend(
         self,
         layer: int,
         q_BTHD: Tensor,
         new: DenseKV,
-        past: DenseKV,
+        pasts: Sequence[DenseKV],
         *,
         window: int | None,
         attend: Attend,
@@ -71,6 +76,7 @@ class StarExtension:
         """One layer's attention for the tokens of this pass; float32, complete over all keys."""
         if window is not None:
             raise ValueError("Star Attention is not defined for layers with a sliding window")
+        (past,) = pasts
         return encode_layer(
             layer, q_BTHD, new, past, self.step, self.anchors, self.transport, attend
         )
@@ -99,16 +105,18 @@ class StarStrategy:
         self._transport, self._chunk_tokens = transport, chunk_tokens
         self._vocab_size = vocab_size
 
-    def plan(
-        self, start: int, stop: int, past: tuple[Runs, ...]
-    ) -> tuple[tuple[Runs, ...], list[StarExtension]]:
-        """What each rank keeps of the positions [0, stop), and this rank's forward passes."""
-        if start or any(past):
+    def plan(self, spans: Sequence[Span]) -> tuple[list[tuple[Runs, ...]], list[StarExtension]]:
+        """What each rank keeps of each document, and this rank's forward passes, one by one."""
+        planned = [self._document(number, span) for number, span in enumerate(spans)]
+        return [owned for owned, _ in planned], [step for _, steps in planned for step in steps]
+
+    def _document(self, number: int, span: Span) -> tuple[tuple[Runs, ...], list[StarExtension]]:
+        if span.start or any(span.past):
             raise ValueError("Star Attention encodes whole documents, not what follows one")
         world, rank = self._transport.world_size, self._transport.rank
-        blocks = make_blocks(stop, world, *self._sizes)
+        blocks = make_blocks(span.stop, world, *self._sizes)
         steps = plan_passes(blocks, rank, self._share, self._anchor.is_head, self._chunk_tokens)
         anchors = AnchorKV(blocks.anchor)
         shared = (blocks, self._anchor, anchors, self._transport, self._vocab_size)
         owned = tuple(blocks.owned(other) for other in range(world))
-        return owned, [StarExtension(step, *shared) for step in steps]
+        return owned, [StarExtension(number, step, *shared) for step in steps]

@@ -22,10 +22,11 @@ import localflash
 from benchmarks.gpu.encode import backends, thousands
 from benchmarks.gpu.timing import Bench, Row, Section, relative_error
 from ringattn import RingStrategy
-from ringstar.engine import DocumentShard, RankEngine
+from ringstar.engine import RankEngine
 from ringstar.models import quiet_transformers
 from ringstar.models.attention import NAME
 from ringstar.models.bind import bind
+from ringstar.shard import TextShard
 from seqpar import ThreadWorld, Transport
 
 TOKENS, WARM_TOKENS, CHUNKS = 131072, 2048, (8192, 32768)
@@ -226,10 +227,10 @@ def _logits(model: Any, ids: list[int]) -> Tensor:
     return output.logits[0, -1].float()
 
 
-def _encoded(ranks: ThreadWorld, engine: RankEngine, chunk: int, ids: list[int]) -> DocumentShard:
-    def encode(transport: Transport) -> DocumentShard:
+def _encoded(ranks: ThreadWorld, engine: RankEngine, chunk: int, ids: list[int]) -> TextShard:
+    def encode(transport: Transport) -> TextShard:
         strategy = RingStrategy(transport, layout="contiguous", chunk_tokens=chunk)
-        return engine.encode(ids, strategy, lambda _: None)
+        return engine.encode([ids], strategy, lambda _: None)[0][0]
 
     return ranks.run(encode)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,11 +42,16 @@ class BoundModel:
         return self.config.num_hidden_layers
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext, *, logits: int
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        context: ForwardContext,
+        *,
+        logits: Sequence[int],
     ) -> Tensor:
-        """Run the model on one rank's tokens; float32 logits (logits, vocab) of the last ones."""
+        """Run the model on one rank's tokens; float32 logits (len(logits), vocab) after those."""
         call = self.model if logits else self.model.get_decoder()
-        keep = {"logits_to_keep": logits} if logits else {}
+        keep = {"logits_to_keep": ids_T.new_tensor(logits)} if logits else {}
         output = call(
             input_ids=ids_T.unsqueeze(0),
             position_ids=positions_T.unsqueeze(0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ringstar.errors import UserError
 from ringstar.models.attention import PositionEmbeddings
+from ringstar.models.families import rope_types
 from ringstar.models.frequencies import Rope
 
 # of the frequency before it was scaled: modules compute the scaling too in float32, and where it
@@ -38,6 +39,7 @@ class Rotary:
         by_kind = "layer_type" in inspect.signature(module.forward).parameters
         self.kinds = tuple(sorted(set(config.layer_types))) if by_kind else (None,)
         self.precision = precision
+        self.by_length = not {"dynamic", "longrope"}.isdisjoint(rope_types(config))
         self._columns = {}
         if precision == "float64":
             self._columns = {kind: self._matching(kind, config) for kind in self.kinds}
@@ -51,9 +53,21 @@ class Rotary:
             return {kind: c.plan(positions_T, like, length) for kind, c in self._columns.items()}
         return {kind: self._own(kind, positions_T, like, length) for kind in self.kinds}
 
+    def plan_texts(self, texts: Sequence[tuple[Tensor, int]], like: Tensor) -> PositionEmbeddings:
+        """The same for texts side by side, each (positions_T, length): cos, sin (1, ΣT, D)."""
+        if not self.by_length:
+            positions_T = torch.cat([positions_T for positions_T, _ in texts])
+            return self.plan(positions_T, like, max(length for _, length in texts))
+        plans = [self.plan(positions_T, like, length) for positions_T, length in texts]
+        both = {kind: [plan[kind] for plan in plans] for kind in self.kinds}
+        return {
+            kind: (torch.cat([cos for cos, _ in pairs], 1), torch.cat([sin for _, sin in pairs], 1))
+            for kind, pairs in both.items()
+        }
+
     def same(self, length: int, other: int) -> bool:
         """Whether texts of these two lengths have the same frequencies."""
-        if length == other:
+        if length == other or not self.by_length:
             return True
         plans = [self.plan(self._one, self._like64, max(2, n)) for n in (length, other)]
         return all(

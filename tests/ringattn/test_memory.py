@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from localflash import DenseKV, attend
-from ringattn import Costs, ExtendPlan, KVBuffers, Ring, extend
+from ringattn import Costs, ExtendPlan, KVBuffers, PackedPlan, Past, Ring, extend
 from seqpar import Layout
 from tests.support.memory import LiveBytes
 from tests.support.ranks import in_processes
@@ -15,21 +15,23 @@ from tests.support.ranks import in_processes
 HEADS, KV_HEADS, DIM, TOKENS = 6, 2, 16, 512
 COSTS = Costs(HEADS, KV_HEADS, DIM, 4)
 WORLDS = (2, 3, 4, 8)
+NO_PAST = Past(DenseKV(*torch.empty(2, 1, 0, KV_HEADS, DIM)), "none")
 
 
 def measured(transport, layout, kernel):
     """(peak of the pass, what the plan says) on this rank."""
     world = transport.world_size
     runs = tuple(Layout(layout, 0, TOKENS * world, world).runs(r) for r in range(world))
-    plan = ExtendPlan(transport.rank, runs, ((),) * world)
+    alone = ExtendPlan(transport.rank, runs, ((),) * world)
+    plan = PackedPlan((alone,))
     torch.manual_seed(transport.rank)
     q = torch.randn(1, TOKENS, HEADS, DIM)
     new = DenseKV(torch.randn(1, TOKENS, KV_HEADS, DIM), torch.randn(1, TOKENS, KV_HEADS, DIM))
     steps = plan.new_steps()
     kernel_bytes = max(workspace(kernel, q, new, tile) for step in steps for tile in step.tiles)
     with LiveBytes() as memory:
-        extend(q, new, new.slice(0, 0), plan, "none", Ring(transport, kernel, KVBuffers()))
-    return memory.peak, plan.pass_bytes(COSTS, kernel_bytes)
+        extend(q, new, [NO_PAST], plan, Ring(transport, kernel, KVBuffers()))
+    return memory.peak, alone.pass_bytes(COSTS, kernel_bytes)
 
 
 def workspace(kernel, q, kv, tile):

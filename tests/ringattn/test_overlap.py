@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from localflash import DenseKV
-from ringattn import ExtendPlan, KVBuffers, Ring, extend
+from ringattn import ExtendPlan, KVBuffers, PackedPlan, Past, Ring, extend
 from seqpar import Layout, Link, ThreadWorld
 from tests.support.ranks import in_processes, in_threads
 
@@ -21,7 +21,7 @@ SHARD_BYTES = TOKENS * 2 * HEADS * DIM * 4
 def one_pass(transport, step_s: float) -> float:
     """Seconds of a zigzag pass whose attention takes `step_s` at each step."""
     runs = tuple(Layout("zigzag", 0, WORLD * TOKENS, WORLD).runs(r) for r in range(WORLD))
-    plan = ExtendPlan(transport.rank, runs, ((),) * WORLD)
+    plan = PackedPlan((ExtendPlan(transport.rank, runs, ((),) * WORLD),))
     q = torch.zeros(1, TOKENS, HEADS, DIM)
     new = DenseKV(q.clone(), q.clone())
 
@@ -34,7 +34,7 @@ def one_pass(transport, step_s: float) -> float:
 
     transport.barrier()
     started = time.perf_counter()
-    extend(q, new, new.slice(0, 0), plan, "none", Ring(transport, attend, KVBuffers()))
+    extend(q, new, [Past(new.slice(0, 0), "none")], plan, Ring(transport, attend, KVBuffers()))
     return time.perf_counter() - started
 
 

@@ -145,11 +145,13 @@ def kv_one_step_stale(patch):
 def query_causal_on_a_remote_shard(patch):
     right = ringstar.passes.attend_sharded
 
-    def sharded(q, kv, tiles, **options):
-        tokens, keys = q.shape[1], kv.tokens
+    def sharded(q, texts, **options):
+        (held,) = texts
+        tokens, keys = q.shape[1], held.kv.tokens
         bottom_right = Band(keys - tokens, 1, 0, 1)
         hidden = (Tile(slice(0, tokens), slice(0, keys), bottom_right),)
-        return right(q, kv, hidden if tokens > 1 else tiles, **options)
+        wrong = held._replace(tiles=hidden if tokens > 1 else held.tiles)
+        return right(q, [wrong], **options)
 
     patch(ringstar.passes, "attend_sharded", sharded)
 
@@ -231,8 +233,9 @@ def _plans_are_made_anew():
     """Plans are cached by their integers: a faulty one must not outlive its test."""
 
     def clear():
-        for made in (ringattn.plan._steps, ringattn.plan._query_steps, ringattn.plan._past_traffic):
-            made.cache_clear()
+        for made in vars(ringattn.plan).values():
+            if hasattr(made, "cache_clear"):
+                made.cache_clear()
 
     clear()
     yield

@@ -18,7 +18,7 @@ from localflash import Band
 from ringstar import LongContext
 from ringstar.config import Config, EncodeConfig, ModelConfig, StarConfig, TransportConfig
 from ringstar.engine import RankEngine
-from ringstar.passes import ReplicatedPass
+from ringstar.passes import ReplicatedPart
 from seqpar import Run, Tile, tiles, token_count
 from starattn import Anchor, AnchorKV, Blocks, StarExtension, StarStrategy
 from starattn.plan import Lane, Stretch
@@ -65,21 +65,22 @@ def causal_on_every_rank(patch):
     """As published: bottom-right aligned, which hides the last Q − 1 − i keys from row i."""
 
     def causal(self, window, held):
-        new = (Run(self.start, self.start + self.tokens),)
+        tokens = self.rows.stop - self.rows.start
+        new = (Run(self.start, self.start + tokens),)
         context = tuple(run for run in held if run.start < self.start)
         context = tuple(Run(r.start, min(r.stop, self.start), r.step) for r in context)
-        keys, rows = token_count(context), slice(0, self.tokens)
-        hidden = Tile(rows, slice(0, keys), Band(keys - self.tokens, 1, 0, 1))
+        keys, rows = token_count(context), slice(0, tokens)
+        hidden = Tile(rows, slice(0, keys), Band(keys - tokens, 1, 0, 1))
         own = [
             Tile(tile.q, slice(tile.k.start + keys, tile.k.stop + keys), tile.band)
             for tile in tiles(new, self.own, window)
         ]
         return ((hidden,) if keys else ()) + tuple(own)
 
-    right = ReplicatedPass._tiles
+    right = ReplicatedPart.tiles
     patch(
-        ReplicatedPass,
-        "_tiles",
+        ReplicatedPart,
+        "tiles",
         lambda self, *args: (causal if self.start == DOCUMENT else right)(self, *args),
     )
 
@@ -103,10 +104,10 @@ def anchor_kept_in_the_cache(patch):
     """Every rank's copy of the anchor is there for the question to see."""
     right = StarStrategy.plan
 
-    def plan(self, start, stop, past):
-        owned, extensions = right(self, start, stop, past)
+    def plan(self, spans):
+        (owned,), extensions = right(self, spans)
         head = (Run(0, ANCHOR),)
-        return tuple(head * (rank > 0) + own for rank, own in enumerate(owned)), extensions
+        return [tuple(head * (rank > 0) + own for rank, own in enumerate(owned))], extensions
 
     def kept(self):
         dropped = self.step.dropped
@@ -120,9 +121,10 @@ def question_after_the_padded_length(patch):
     """The question is placed behind whole blocks, not behind the document."""
     right = RankEngine._rotary
 
-    def later(self, positions_T, length):
+    def later(self, plans):
+        ((positions_T, length),) = plans
         asked = int(positions_T.min()) >= DOCUMENT
-        return right(self, positions_T + asked * (-DOCUMENT % BLOCK), length + BLOCK)
+        return right(self, [(positions_T + asked * (-DOCUMENT % BLOCK), length + BLOCK)])
 
     patch(RankEngine, "_rotary", later)
 
@@ -170,7 +172,7 @@ def remainder_padded(patch):
     patch(Blocks, "run", lambda self, block: Run(block * self.size, (block + 1) * self.size))
     right = StarExtension.token_ids
     padding = [0] * BLOCK
-    patch(StarExtension, "token_ids", lambda self, ids: right(self, [*ids, *padding]))
+    patch(StarExtension, "token_ids", lambda self, ids: right(self, [[*ids[0], *padding]]))
 
 
 def remainder_dropped(patch):

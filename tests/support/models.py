@@ -99,3 +99,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """‖got − want‖ / ‖want‖ in float64."""
     got, want = got.double(), want.double()
     return float((got - want).norm() / want.norm())
+
+
+def over_bound(logits_V: Tensor, want: Expected) -> float:
+    """The relative error as a share of what is allowed: at most 1 is exact.
+
+    Allowed is 1e-5, or 20 times the model's own error in float32, if that is more.
+    """
+    own = relative_error(want.logits_V, want.logits64_V)
+    return relative_error(logits_V, want.logits64_V) / max(1e-5, 20 * own)
