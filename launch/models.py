@@ -8,7 +8,7 @@ A small model of every supported family, with what is particular to it, goes thr
 simulated ranks, in chunks, and is compared with one device's eager Hugging Face model in float64:
 the first token's logits, relative to their norm, and the greedy tokens.  Star Attention is
 approximate by design; in one block, which leaves nothing out, it is held to the same bound.
-Families with a sliding window have no star.
+Star has none where a window is shorter than the text.
 
 Status: 0 all are exact, 1 some are not.
 """
@@ -147,7 +147,7 @@ weights of std 0.2, float32), {CONTEXT} tokens on {WORLD} simulated ranks in chu
 token's logits against Hugging Face's eager attention in float64, relative to their norm; exact
 means at most 1e-5, or 20 times the error of Hugging Face's own float32, and that all greedy tokens
 are equal. Star is approximate by design: one block, which leaves nothing out, shows that it
-computes what it should; there is none for models with windows.
+computes what it should; there is none where a window is shorter than the text.
 
 {table}
 """

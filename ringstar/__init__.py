@@ -1,8 +1,21 @@
 """ringstar: answers over documents longer than one device, with unmodified Hugging Face models."""
 
 from ringstar.answers import Answer
+from ringstar.attach import Attached, attach, detach
 from ringstar.config import Config, GenerationConfig
 from ringstar.errors import UserError
+from ringstar.models import ShardedPast
 from ringstar.runtime import Document, LongContext
 
-__all__ = ["Answer", "Config", "Document", "GenerationConfig", "LongContext", "UserError"]
+__all__ = [
+    "Answer",
+    "Attached",
+    "Config",
+    "Document",
+    "GenerationConfig",
+    "LongContext",
+    "ShardedPast",
+    "UserError",
+    "attach",
+    "detach",
+]

@@ -56,6 +56,18 @@ class ShardedCache:
         for kept in self._by_window.values():
             kept.reserve(kept.tokens + tokens)
 
+    def make_way(self, position: int, tokens: int, ahead: int) -> None:
+        """Room for so many tokens more, of which the first is at `position` or later.
+
+        Where there is none, what windows no longer show is dropped, and there will be room for
+        `ahead` more: a text that grows token by token is moved now and then.
+        """
+        for window, kept in self._by_window.items():
+            if window is not None and kept.lacks(tokens):
+                kept.drop_before(position - window + 1)
+            if kept.lacks(tokens):
+                kept.reserve(kept.tokens + tokens + ahead)
+
     def forget(self, position: int) -> None:
         """Drop what no query at `position` or later will see."""
         for window, kept in self._by_window.items():
@@ -108,6 +120,10 @@ class KeptKV:
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all, so that appending up to there moves nothing."""
         self._capacity = max(self._capacity, tokens)
+
+    def lacks(self, tokens: int) -> bool:
+        """Whether there is no room for so many more."""
+        return self.tokens + tokens > self._capacity
 
     def append(self, runs: Runs) -> int:
         """Reserve the positions `runs`; returns the index where they will be written."""

@@ -84,12 +84,16 @@ class RankEngine:
         new: Sequence[Sequence[int]],
         strategy: Strategy,
         on_progress: OnProgress,
+        length: int = 0,
     ) -> None:
-        """Encode new tokens of each text, spread over ranks, after what is there."""
+        """Encode new tokens of each text, spread over ranks, after what is there.
+
+        `length` counts the positions of the whole texts, if they are longer than known so far.
+        """
         owned, plan = strategy.plan([s.span(len(ids)) for s, ids in zip(shards, new, strict=True)])
         rank = self._transport.rank
         for shard, ids, runs in zip(shards, new, owned, strict=True):
-            shard.length = max(shard.length, shard.tokens + len(ids))
+            shard.length = max(shard.length, shard.tokens + len(ids), length)
             held = token_count(shard.owned[rank]) + token_count(runs[rank])
             shard.cache.reserve(held + self._room)
             shard.cache.forget(shard.tokens)
@@ -134,9 +138,17 @@ class RankEngine:
             shard.rewind()
 
     def read(
-        self, shards: Sequence[TextShard], new: Sequence[Sequence[int]], last: int = 1
+        self,
+        shards: Sequence[TextShard],
+        new: Sequence[Sequence[int]],
+        last: int = 1,
+        *,
+        length: int = 0,
+        growing: bool = False,
     ) -> Tensor:
         """Read a few new tokens of each text on every rank, after what is there.
+
+        `length` is as in `extend`.  `growing`: what is read stays, and more will follow.
 
         Float32 logits (texts · last, vocab) at the last tokens of each text, in order.
         """
@@ -146,10 +158,12 @@ class RankEngine:
         for shard, ids, row in zip(shards, new, rows, strict=True):
             start, stop = shard.tokens, shard.tokens + len(ids)
             turns = [turn_runs(start, len(ids), other, world) for other in range(world)]
+            if growing:
+                shard.cache.make_way(start, token_count(turns[rank]), self._room)
             shard.cache.append(turns[rank])
             shard.grow(len(ids), turns)
             parts.append(ReplicatedPart(start, row, turns[rank], shard.cache))
-            plans.append((self._tensor(range(start, stop)), stop))
+            plans.append((self._tensor(range(start, stop)), max(stop, length)))
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
         context = ReplicatedPass(
             self._rotary(plans), parts, self._transport, self._kernel, self._unified

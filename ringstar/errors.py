@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seqpar import TransportError
 
-__all__ = ["TransportError", "UserError"]
+__all__ = ["TransportError", "UserError", "in_a_line"]
 
 
 class UserError(ValueError):
@@ -14,6 +14,12 @@ class UserError(ValueError):
         shown = f"{key}={_short(value)}" if value is not None else key
         super().__init__(f"{shown}: {allowed}")
         self.key, self.value, self.allowed = key, value, allowed
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _short(value: object, limit: int = 120) -> str:

@@ -77,14 +77,17 @@ def check_gpus(ranks: int) -> None:
         raise UserError("transport", "nccl", f"{ranks} ranks but {gpus} GPUs on this machine")
 
 
-def make_ranks(config: TransportConfig, phases: Store | None = None) -> tuple[Ranks, str]:
+def make_ranks(
+    config: TransportConfig, phases: Store | None = None, device: torch.device | None = None
+) -> tuple[Ranks, str]:
     """Connect, and say why it was done like this.
 
-    `phases` is where ranks publish what they are doing, if not in their own group's store.
+    `phases` is where ranks publish what they are doing, if not in their own group's store;
+    `device` is this process's, if that is settled already.
     """
     if not under_torchrun() or config.name == "threads":
         size = config.world_size or 1
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reason = "simulated ranks, as asked" if config.name == "threads" else "one process"
         world = ThreadWorld(
             size,
@@ -93,10 +96,10 @@ def make_ranks(config: TransportConfig, phases: Store | None = None) -> tuple[Ra
             threads_per_rank=config.threads_per_rank,
         )
         return world, reason
-    name, reason = _backend(config.name)
+    name, reason = _backend(config.name, device)
     transport = connect(
         name,
-        _device(),
+        device or _device(),
         timeout_s=config.timeout_s,
         threads_per_rank=config.threads_per_rank,
         store=phases,
@@ -104,9 +107,11 @@ def make_ranks(config: TransportConfig, phases: Store | None = None) -> tuple[Ra
     return ProcessWorld(transport), reason
 
 
-def _backend(name: str) -> tuple[str, str]:
+def _backend(name: str, device: torch.device | None) -> tuple[str, str]:
     if name != "auto":
         return name, "as asked"
+    if device is not None and device.type == "cpu":
+        return "gloo", "on the CPU"
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return "gloo", "no GPU"

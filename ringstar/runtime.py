@@ -31,7 +31,7 @@ from ringstar.config import (
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.metrics import RankMetrics, gather_integers, gather_metrics
-from ringstar.models import ModelFiles, choose_dtype, choose_rope_precision, find_model
+from ringstar.models import ModelFacts, ModelFiles, choose_dtype, choose_rope_precision, find_model
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.shard import TextShard
 from ringstar.strategies import check_document, describe, make_strategy
@@ -374,7 +374,7 @@ def check_fits(
     check(config)
     check_strategy(config, world_size)
     check_document(config.strategy, context, world_size, files.vocab_size)
-    _check_windows(config.strategy, files, context + query + new)
+    check_positions(config.strategy, files, context + query + new)
     _check_rope_jump(files, context + query, new if query else 0)
     total, limit = context + query + new, files.max_positions
     if total > limit and not config.model.allow_beyond_limit:
@@ -399,8 +399,8 @@ def _check_rope_jump(files: ModelFiles, read: int, new: int) -> None:
         )
 
 
-def _check_windows(strategy: StrategyConfig, files: ModelFiles, positions: int) -> None:
-    """Star Attention is wrong where a layer's sliding window hides positions."""
+def check_positions(strategy: StrategyConfig, files: ModelFacts, positions: int) -> None:
+    """Star Attention is wrong where a layer's sliding window hides positions: a UserError."""
     window = files.window
     if isinstance(strategy, StarConfig) and window is not None and window < positions:
         raise UserError(
@@ -411,7 +411,7 @@ def _check_windows(strategy: StrategyConfig, files: ModelFiles, positions: int) 
         )
 
 
-def choose_kernel(config: Config, files: ModelFiles, device: torch.device) -> localflash.Choice:
+def choose_kernel(config: Config, files: ModelFacts, device: torch.device) -> localflash.Choice:
     """The local attention for this model on `device`; raises UserError if it cannot run there."""
     dtype, _ = choose_dtype(config.model, files.config, device)
     name = config.kernel.name

@@ -71,7 +71,7 @@ class ProcessTransport(Transport):
         if self._mesh is not None:
             self._mesh.close()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.destroy_process_group(self._group)  # the default group takes all others with it
 
     def abandon(self) -> None:
         if self._mesh is not None:
@@ -232,29 +232,48 @@ def connect(
 ) -> ProcessTransport:
     """Join the group that torchrun's environment describes.
 
+    A script that has a default group already keeps it: ours is another one of the same ranks.
     `store` is where phases are published; by default the group's own.  On a CPU the ranks of
     one machine share its cores evenly unless `threads_per_rank` says otherwise.  `staged` is
     that of `ProcessTransport`.
     """
-    timeout = timedelta(seconds=timeout_s)
-    own_store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    group, own_store = _group(backend, device, timedelta(seconds=timeout_s))
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    if device.type == "cpu":
+        torch.set_num_threads(threads_per_rank or max(1, (os.cpu_count() or 1) // local_ranks()))
+    transport = ProcessTransport(group, store or own_store, device, timeout_s, staged)
+    if backend == "gloo" and same_machine(world_size):
+        transport.use_mesh(LocalMesh(rank, world_size, own_store, timeout_s))
+    _warm_up(transport)
+    return transport
+
+
+def _group(
+    backend: str, device: torch.device, timeout: timedelta
+) -> tuple[dist.ProcessGroup, dist.Store]:
+    """A group of all ranks, and a store whose keys no earlier connection used."""
+    if dist.is_initialized():
+        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        group = dist.new_group(timeout=timeout, backend=backend)
+        return group, _unused(store, rank)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = _unused(store, rank)
     dist.init_process_group(
         backend,
-        store=own_store,
+        store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
-    if device.type == "cpu":
-        torch.set_num_threads(threads_per_rank or max(1, (os.cpu_count() or 1) // local_ranks()))
     assert dist.group.WORLD is not None
-    phases = store or dist.PrefixStore("ringstar", own_store)
-    transport = ProcessTransport(dist.group.WORLD, phases, device, timeout_s, staged)
-    if backend == "gloo" and same_machine(world_size):
-        transport.use_mesh(LocalMesh(rank, world_size, own_store, timeout_s))
-    _warm_up(transport)
-    return transport
+    return dist.group.WORLD, store
+
+
+def _unused(store: dist.Store, rank: int) -> dist.Store:
+    """Ranks connect as often as each other, so that they agree on the number without a word."""
+    times = store.add(f"ringstar/connections of {rank}", 1)
+    return dist.PrefixStore(f"ringstar/{times}", store)
 
 
 def _warm_up(transport: Transport) -> None:

@@ -74,8 +74,8 @@ class StarExtension:
         attend: Attend,
     ) -> Partial:
         """One layer's attention for the tokens of this pass; float32, complete over all keys."""
-        if window is not None:
-            raise ValueError("Star Attention is not defined for layers with a sliding window")
+        if window is not None and window < self.blocks.tokens:
+            raise ValueError("Star Attention is not defined for a window shorter than the document")
         (past,) = pasts
         return encode_layer(
             layer, q_BTHD, new, past, self.step, self.anchors, self.transport, attend

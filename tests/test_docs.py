@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import inspect
 import json
+import os
 import re
 import runpy
 import shlex
@@ -41,6 +42,10 @@ BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     for page in (README, ROOT / "docs/python.md")
 }
+
+
+# the first line of the example that torchrun starts
+SCRIPT = "# ask.py: torchrun "
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -208,6 +213,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in BLOCKS[page]:
+        if block.startswith(SCRIPT):
+            continue  # a program of its own
         code = block.replace('"DIR"', repr(chat_folder()))
         if "__main__" not in code:
             exec(compile(code, page, "exec"), names)
@@ -216,3 +223,34 @@ def test_examples_run(page, tmp_path, monkeypatch):
         command = [sys.executable, "example.py"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout.strip() == code.strip().rpartition("# ")[2]
+
+
+def test_the_script_of_the_readme_runs_under_torchrun(tmp_path):
+    """Printed once, by rank 0: what one device answers."""
+    (script,) = [block for block in BLOCKS["README.md"] if block.startswith(SCRIPT)]
+    assert len(script.splitlines()) < 25
+    (tmp_path / "book.txt").write_text("\n".join(LINES * 3))
+    (tmp_path / "ask.py").write_text(script.replace('"DIR"', repr(chat_folder())))
+    alone = script.replace("ringstar.attach(", "Alone(").replace("ringstar.detach(model)", "")
+    (tmp_path / "alone.py").write_text(
+        alone.replace('"DIR"', repr(chat_folder())).replace(
+            "import ringstar\n", "class Alone:\n    rank = 0\n    def __init__(*_, **__): pass\n"
+        )
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ranks = _printed([*torchrun, "--nproc-per-node", "3", "ask.py"], tmp_path)
+    assert ranks and ranks == _printed([sys.executable, "alone.py"], tmp_path)
+
+
+def _printed(command, folder):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout

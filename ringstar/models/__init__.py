@@ -1,8 +1,18 @@
 """The only part that knows transformers: loading, refusing, and hooking models from outside."""
 
+import ringstar.models.quiet  # noqa: F401 - before whatever imports transformers
 from ringstar.models.attention import PositionEmbeddings
-from ringstar.models.bind import BoundModel
+from ringstar.models.bind import BoundModel, bind, put
+from ringstar.models.facts import ModelFacts
 from ringstar.models.families import FAMILIES, SUPPORTED, features
+from ringstar.models.generating import (
+    causal_output,
+    check_call,
+    check_generation,
+    new_tokens,
+    sharded_past,
+    wanted_logits,
+)
 from ringstar.models.load import (
     ModelFiles,
     choose_dtype,
@@ -10,6 +20,9 @@ from ringstar.models.load import (
     find_model,
     quiet_transformers,
 )
+from ringstar.models.own import check_attachable
+from ringstar.models.past import ShardedPast
+from ringstar.models.quantised import quantised, run_once
 from ringstar.models.tiny import TINY, save_tiny
 
 __all__ = [
@@ -17,12 +30,25 @@ __all__ = [
     "SUPPORTED",
     "TINY",
     "BoundModel",
+    "ModelFacts",
     "ModelFiles",
     "PositionEmbeddings",
+    "ShardedPast",
+    "bind",
+    "causal_output",
+    "check_attachable",
+    "check_call",
+    "check_generation",
     "choose_dtype",
     "choose_rope_precision",
     "features",
     "find_model",
+    "new_tokens",
+    "put",
+    "quantised",
     "quiet_transformers",
+    "run_once",
     "save_tiny",
+    "sharded_past",
+    "wanted_logits",
 ]

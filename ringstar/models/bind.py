@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringstar.models.attention import ForwardContext
+from ringstar.models.attention import NAME, ForwardContext
 from ringstar.models.rotary import Rotary
 
 
@@ -23,11 +24,17 @@ class _FromContext(nn.Module):
 
 @dataclass(frozen=True)
 class BoundModel:
-    """A model whose attention and rotary embedding come from a `ForwardContext`."""
+    """A model whose attention and rotary embedding come from a `ForwardContext`.
+
+    `whole` is its own forward, whatever may stand in its place later; `undo` makes the model what
+    it was.
+    """
 
     model: Any
     config: Any
     rotary: Rotary
+    whole: Callable[..., Any]
+    undo: ExitStack
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +57,7 @@ class BoundModel:
         logits: Sequence[int],
     ) -> Tensor:
         """Run the model on one rank's tokens; float32 logits (len(logits), vocab) after those."""
-        call = self.model if logits else self.model.get_decoder()
+        call = self.whole if logits else self.model.get_decoder()
         keep = {"logits_to_keep": ids_T.new_tensor(logits)} if logits else {}
         output = call(
             input_ids=ids_T.unsqueeze(0),
@@ -71,17 +78,38 @@ class BoundModel:
 
 
 def bind(model: Any, *, ff_slice_tokens: int, rope_precision: str = "float32") -> BoundModel:
-    """Hook a model that was loaded with `attn_implementation="ringstar"`."""
-    decoder = model.get_decoder()
+    """Hook a model, whichever attention it was loaded with."""
+    decoder, undo = model.get_decoder(), ExitStack()
     rotary = Rotary(decoder.rotary_emb, decoder.config, rope_precision)
+    before = model.config._attn_implementation
+    if before != NAME:
+        model.set_attn_implementation(NAME)
+        undo.callback(model.set_attn_implementation, before)
+    undo.callback(setattr, decoder, "rotary_emb", decoder.rotary_emb)
     decoder.rotary_emb = _FromContext()
     for index, layer in enumerate(decoder.layers):
         kind = None if rotary.kinds == (None,) else decoder.config.layer_types[index]
-        layer.register_forward_pre_hook(
+        hook = layer.register_forward_pre_hook(
             partial(_give_position_embeddings, kind=kind), with_kwargs=True
         )
-        layer.mlp.forward = sliced(layer.mlp.forward, ff_slice_tokens)
-    return BoundModel(model.eval(), model.config, rotary)
+        undo.callback(hook.remove)
+        put(undo, layer.mlp, "forward", sliced(layer.mlp.forward, ff_slice_tokens))
+    return BoundModel(model.eval(), model.config, rotary, model.forward, undo)
+
+
+def put(undo: ExitStack, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+    """Let `method` stand in for a module's own, until `undo` is closed."""
+    own = vars(module)
+    if name in own:  # somebody else's stands there already
+        undo.callback(setattr, module, name, own[name])
+    else:
+        undo.callback(delattr, module, name)
+    setattr(module, name, method)
+
+
+def is_bound(model: Any) -> bool:
+    """Whether a model is hooked already."""
+    return isinstance(model.get_decoder().rotary_emb, _FromContext)
 
 
 def _give_position_embeddings(

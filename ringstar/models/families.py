@@ -51,24 +51,20 @@ _REASONS = {
 ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
-def check_family(path: str, config: Any) -> None:
+def check_family(path: str, config: Any, key: str = "model.path") -> None:
     """Raise UserError unless ring attention is exact for a model with this `config`."""
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         allowed = ", ".join(sorted(FAMILIES))
         why = f"model type {kind!r} is not supported: it {_reason(config)}; are: {allowed}"
-        raise UserError("model.path", path, why)
+        raise UserError(key, path, why)
     named = getattr(config, "architectures", None) or [FAMILIES[kind]]
     if FAMILIES[kind] not in named:
-        raise UserError(
-            "model.path", path, f"holds {', '.join(named)}; a {FAMILIES[kind]} is needed"
-        )
+        raise UserError(key, path, f"holds {', '.join(named)}; a {FAMILIES[kind]} is needed")
     for rope in rope_types(config):
         if rope not in ROPE:
             allowed = ", ".join(ROPE)
-            raise UserError(
-                "model.path", path, f"rope type {rope!r} is not supported; are: {allowed}"
-            )
+            raise UserError(key, path, f"rope type {rope!r} is not supported; are: {allowed}")
 
 
 def features(config: Any) -> list[str]:

@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.utils import logging as transformers_logging
 
 from ringstar.config import ModelConfig, RopeConfig
-from ringstar.errors import UserError
+from ringstar.errors import UserError, in_a_line
 from ringstar.models.attention import NAME
 from ringstar.models.bind import BoundModel, bind
 from ringstar.models.extend import extend
-from ringstar.models.families import check_family, rope_types
+from ringstar.models.facts import ModelFacts
+from ringstar.models.families import check_family
+from ringstar.models.quantised import check_quantised, quantised, run_once
 from ringstar.models.smollm2 import smollm2_folder
 from ringstar.prompt import PromptFormat, prompt_format
 
@@ -35,11 +37,8 @@ _UP_TO = f"up to {FLOAT32_POSITIONS:,}"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
-class ModelFiles:
-    """A checked model whose weights are not loaded yet: config, tokenizer, prompt format.
-
-    `scaling` is what its rope was scaled by, a kind and a factor, if it was not as stored.
-    """
+class ModelFiles(ModelFacts):
+    """A checked model whose weights are not loaded yet: config, tokenizer, prompt format."""
 
     def __init__(
         self,
@@ -48,31 +47,13 @@ class ModelFiles:
         config: Any,
         scaling: tuple[str, float] | None = None,
     ):
-        self.folder, self.gguf, self.config, self.scaling = folder, gguf, config, scaling
+        super().__init__(config, scaling)
+        self.folder, self.gguf = folder, gguf
 
     @property
-    def max_positions(self) -> int:
-        # `dynamic` reads the config's own value, so that one stays as it is
-        stored = self.config.max_position_embeddings
-        return int(stored * self.scaling[1]) if self.scaling else stored
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def window(self) -> int | None:
-        """The sliding window of some layer, in tokens; None if every layer sees everything."""
-        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
-        slides = "sliding_attention" in kinds
-        return getattr(self.config, "sliding_window", None) if slides else None
-
-    @property
-    def rope_jumps_after(self) -> int | None:
-        """The length of text after which all rotary frequencies are others (longrope)."""
-        if "longrope" not in rope_types(self.config):
-            return None
-        return self.config.rope_parameters["original_max_position_embeddings"]
+    def quantised(self) -> str | None:
+        """How the weights are quantised, in words; a GGUF file's are widened, and so are not."""
+        return None if self.gguf else quantised(self.config)
 
     @cached_property
     def tokenizer(self) -> Any | None:
@@ -85,7 +66,7 @@ class ModelFiles:
             )
         except Exception as error:
             raise UserError(
-                "model.path", self.folder, f"unusable tokenizer: {_line(error)}"
+                "model.path", self.folder, f"unusable tokenizer: {in_a_line(error)}"
             ) from error
 
     @cached_property
@@ -119,7 +100,7 @@ class ModelFiles:
         try:
             content = json.loads(path.read_text()) if path.is_file() else {}
         except (OSError, ValueError) as error:
-            raise UserError("model.path", path, f"unusable: {_line(error)}") from error
+            raise UserError("model.path", path, f"unusable: {in_a_line(error)}") from error
         if not isinstance(content, dict):
             raise UserError("model.path", path, "unusable: not a JSON object")
         return content
@@ -135,6 +116,9 @@ class ModelFiles:
         arguments: dict[str, Any] = dict(self._gguf_arguments)
         if self.gguf:
             arguments["quantization_config"] = GgufConfig(dequantize=True)
+        if self.quantised:
+            # some quantised layers are made for a device, and cannot move
+            arguments["device_map"] = {"": device}
         try:
             model, report = load_weights(
                 self,
@@ -148,7 +132,7 @@ class ModelFiles:
             raise
         except Exception as error:
             raise UserError(
-                "model.path", self.folder, f"weights cannot be loaded: {_line(error)}"
+                "model.path", self.folder, f"weights cannot be loaded: {in_a_line(error)}"
             ) from error
         missing = sorted(report.get("missing_keys", ()))
         spare = sorted(k for k in report.get("unexpected_keys", ()) if not _is_derived(k))
@@ -159,11 +143,24 @@ class ModelFiles:
                     self.folder,
                     f"weights {what} {len(keys)} tensors, {keys[0]} first",
                 )
-        return bind(
-            model.to(device),
+        bound = bind(
+            model if self.quantised else model.to(device),
             ff_slice_tokens=settings.ff_slice_tokens,
             rope_precision=rope_precision,
         )
+        if self.quantised:
+            self._try_quantised(bound, settings.dtype)
+        return bound
+
+    def _try_quantised(self, bound: BoundModel, asked_dtype: str) -> None:
+        try:
+            run_once(bound)
+        except Exception as error:
+            dtype = str(bound.dtype).removeprefix("torch.")
+            why = f"{self.quantised} do not run in {dtype} on {bound.device}: {in_a_line(error)}"
+            if asked_dtype != "auto":
+                raise UserError("model.dtype", asked_dtype, f"{why}; allowed: auto") from error
+            raise UserError("model.path", self.folder, why) from error
 
     @property
     def _gguf_arguments(self) -> dict[str, str]:
@@ -212,8 +209,12 @@ def find_model(settings: ModelConfig, rope: RopeConfig | None = None) -> ModelFi
             folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {})
         )
     except Exception as error:
-        raise UserError("model.path", settings.path, f"unusable config: {_line(error)}") from error
+        raise UserError(
+            "model.path", settings.path, f"unusable config: {in_a_line(error)}"
+        ) from error
     check_family(settings.path, config)
+    if not gguf:
+        check_quantised(settings.path, config)
     return ModelFiles(folder, gguf, config, _scale(config, gguf, rope or RopeConfig()))
 
 
@@ -230,7 +231,7 @@ def _scale(config: Any, gguf: str | None, rope: RopeConfig) -> tuple[str, float]
 
 
 def choose_rope_precision(
-    rope: RopeConfig, files: ModelFiles, *, beyond_limit: bool
+    rope: RopeConfig, files: ModelFacts, *, beyond_limit: bool
 ) -> tuple[str, str]:
     """float32 or float64 for rotary angles, and why; the same for every text of this model."""
     if rope.precision != "auto":
@@ -246,10 +247,16 @@ def choose_rope_precision(
 def choose_dtype(
     settings: ModelConfig, config: Any, device: torch.device
 ) -> tuple[torch.dtype, str]:
-    """The dtype to run in, and why."""
+    """The dtype to run in, and why.
+
+    Of quantised weights it is that of everything else, and of what the products are made in.
+    """
+    small = quantised(config)
     if settings.dtype != "auto":
-        return getattr(torch, settings.dtype), "as asked"
+        return getattr(torch, settings.dtype), f"as asked; {small}" if small else "as asked"
     stored = getattr(config, "dtype", None) or torch.float32
+    if small:  # not widened: the scales of some would keep the dtype that they have
+        return stored, f"as stored; {small}"
     if stored == torch.float16 and device.type == "cpu":
         return torch.float32, "float16 weights, widened because a CPU computes float16 slowly"
     return stored, "as the weights are stored"
@@ -259,8 +266,3 @@ def quiet_transformers() -> None:
     """Its warnings and bars are about ways of loading that a user here did not choose."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

@@ -35,11 +35,11 @@ class Rotary:
     """
 
     def __init__(self, module: nn.Module, config: Any, precision: str = "float32"):
-        self._module = module
+        self.by_length = not {"dynamic", "longrope"}.isdisjoint(rope_types(config))
+        self._module = _as_made(module) if self.by_length else module
         by_kind = "layer_type" in inspect.signature(module.forward).parameters
         self.kinds = tuple(sorted(set(config.layer_types))) if by_kind else (None,)
         self.precision = precision
-        self.by_length = not {"dynamic", "longrope"}.isdisjoint(rope_types(config))
         self._columns = {}
         if precision == "float64":
             self._columns = {kind: self._matching(kind, config) for kind in self.kinds}
@@ -159,6 +159,12 @@ class _Columns:
         frequency = ((ours - own).abs() / plain).max()
         length_of_arrow = torch.hypot(cos_11D, sin_11D).flatten()
         return float(torch.maximum(frequency, (length_of_arrow / scale - 1).abs().max()))
+
+
+def _as_made(module: nn.Module) -> nn.Module:
+    """A module of its kind that no text has changed yet."""
+    made: Any = type(module)
+    return made(module.config).to(next(module.buffers()).device)
 
 
 def _halves(angles: Tensor) -> Tensor:

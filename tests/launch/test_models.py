@@ -6,7 +6,7 @@ import pytest
 
 import launch.models
 import ringstar.passes
-from launch.models import BOUND, Verdict, judge, main, markdown
+from launch.models import BOUND, CONTEXT, HEADINGS, NEW, QUERY, Verdict, judge, main, markdown
 from ringstar.models import FAMILIES, SUPPORTED, TINY
 
 
@@ -16,6 +16,18 @@ def test_every_family_is_judged_and_listed():
     for family in TINY:
         assert f"| {family} | " in page
     assert page.count("| exact |") == len(TINY) and "differs" not in page
+
+
+def test_star_is_left_out_only_where_a_window_hides_part_of_the_text():
+    column = HEADINGS.index("star, one block")
+    rows = [line.strip("| ").split(" | ") for line in launch.models.DOCS.read_text().splitlines()]
+    shown = {row[0]: row[column] for row in rows if row[0] in TINY}
+    text = CONTEXT + QUERY + NEW
+    hides = {family for family, own in TINY.items() if (own.get("sliding_window") or text) < text}
+    assert {family for family, star in shown.items() if star == "no"} == hides
+    assert all(float(star) <= BOUND for star in shown.values() if star != "no")
+    verdict = judge("starcoder2")
+    assert verdict.exact and verdict.star is None
 
 
 def test_verdict_of_a_family_that_is_exact():

@@ -2,7 +2,8 @@
 
 Each block is one forward over `[anchor ; block]`, of which only the block's KV is kept; the
 question is one dense causal forward over all kept KV.  Visibility is an explicit mask in every
-forward: Hugging Face takes positions that jump for packed sequences if it is given none.
+forward: Hugging Face takes positions that jump for packed sequences if it is given none.  It is
+also given no windows: the oracle is for texts that no window hides a part of.
 """
 
 from __future__ import annotations
@@ -69,9 +70,15 @@ def star(
     blocks: tuple[Anchored, ...],
     new_tokens: int,
     dtype: torch.dtype = torch.float32,
+    *,
+    rope_by_length: bool = False,
 ) -> StarAnswer:
-    """Logits at the question's positions and `new_tokens` greedy tokens."""
-    return _star(folder, tuple(ids), tuple(question), blocks, new_tokens, dtype)
+    """Logits at the question's positions and `new_tokens` greedy tokens.
+
+    `rope_by_length`: the model's frequencies depend on how long the text is, and every forward
+    has those of the whole text up to its own last token; blocks those of document and question.
+    """
+    return _star(folder, tuple(ids), tuple(question), blocks, new_tokens, dtype, rope_by_length)
 
 
 @functools.cache
@@ -83,26 +90,33 @@ def _star(
     blocks: tuple[Anchored, ...],
     new_tokens: int,
     dtype: torch.dtype,
+    rope_by_length: bool,
 ) -> StarAnswer:
-    cache = DynamicCache()
-    for layer, (k, v) in enumerate(kept_kv(folder, ids, blocks, dtype)):
+    cache, read = DynamicCache(), len(ids) + len(question)
+    length = read if rope_by_length else None
+    for layer, (k, v) in enumerate(kept_kv(folder, ids, blocks, dtype, length)):
         cache.update(k.clone(), v.clone(), layer)
-    logits_QV = _forward(folder, dtype, question, range(len(ids), len(ids) + len(question)), cache)
+    logits_QV = _forward(folder, dtype, question, range(len(ids), read), cache, length)
     new, last_V = [], logits_QV[-1]
     for step in range(new_tokens):
         new.append(int(last_V.argmax()))
-        position = len(ids) + len(question) + step
-        last_V = _forward(folder, dtype, (new[-1],), (position,), cache)[-1]
+        position = read + step
+        length = position + 1 if rope_by_length else None
+        last_V = _forward(folder, dtype, (new[-1],), (position,), cache, length)[-1]
     return StarAnswer(logits_QV, new)
 
 
 @functools.cache
 @torch.inference_mode()
 def kept_kv(
-    folder: str, ids: tuple[int, ...], blocks: tuple[Anchored, ...], dtype: torch.dtype
+    folder: str,
+    ids: tuple[int, ...],
+    blocks: tuple[Anchored, ...],
+    dtype: torch.dtype,
+    length: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(k, v) of each layer, (1, Hkv, tokens, D): of the blocks alone, in order."""
-    caches = [_block_cache(folder, ids, block, dtype) for block in blocks]
+    caches = [_block_cache(folder, ids, block, dtype, length) for block in blocks]
     own = [block.stop - block.start for block in blocks]
 
     def joined(layer: int, kind: str) -> Tensor:
@@ -114,13 +128,16 @@ def kept_kv(
 
 
 def _block_cache(
-    folder: str, ids: tuple[int, ...], block: Anchored, dtype: torch.dtype
+    folder: str,
+    ids: tuple[int, ...],
+    block: Anchored,
+    dtype: torch.dtype,
+    length: int | None,
 ) -> DynamicCache:
     cache = DynamicCache()
     tokens = (*block.anchor_ids, *ids[block.start : block.stop])
-    _forward(
-        folder, dtype, tokens, (*block.anchor_positions, *range(block.start, block.stop)), cache
-    )
+    positions = (*block.anchor_positions, *range(block.start, block.stop))
+    _forward(folder, dtype, tokens, positions, cache, length)
     return cache
 
 
@@ -130,17 +147,34 @@ def _forward(
     tokens: Sequence[int],
     positions: Sequence[int],
     cache: DynamicCache,
+    length: int | None = None,
 ) -> Tensor:
-    """Logits (tokens, vocab); every token sees all of `cache`, itself and those before it."""
-    held = cache.get_seq_length()
+    """Logits (tokens, vocab); every token sees all of `cache`, itself and those before it.
+
+    With `length`, Hugging Face's frequencies are those of a text of so many positions.  It takes
+    them from the largest position in a forward, so one more token is there, at the last
+    position; it comes last, so that nothing sees it, and is forgotten.
+    """
+    own, held = len(tokens), cache.get_seq_length()
+    if length is not None:
+        _forget_longer_texts(folder, dtype)
+        tokens, positions = (*tokens, 0), (*positions, length - 1)
     visible = torch.ones(len(tokens), held + len(tokens), dtype=torch.bool).tril(held)
-    return eager(folder, dtype)(
+    logits_TV = eager(folder, dtype)(
         torch.tensor([tokens]),
         attention_mask=_additive(visible, dtype),
         position_ids=torch.tensor([list(positions)]),
         past_key_values=cache,
         use_cache=True,
     ).logits[0]
+    if len(tokens) > own:
+        cache.crop(own - len(tokens))  # so many back
+    return logits_TV[:own]
+
+
+def _forget_longer_texts(folder: str, dtype: torch.dtype) -> None:
+    """Frequencies of `dynamic` rope fall as texts grow; only a short text puts them back."""
+    eager(folder, dtype)(torch.tensor([[0]]), use_cache=False)
 
 
 def _additive(visible_TK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,8 +194,9 @@ def star_in_one_forward(
     """The same logits (question, vocab), the slow way.
 
     No cache: one row holds every anchor, every block and the question, and a mask says who sees
-    whom.
+    whom.  Rope that depends on the length sees that of the whole text by itself.
     """
+    _forget_longer_texts(folder, dtype)
     rows: list[tuple[Sequence[int], Sequence[int], int, bool]] = []
     for number, block in enumerate(blocks):
         own = range(block.start, block.stop)

@@ -1,0 +1,305 @@
+"""A user's own model and script, with its prompts spread over ranks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ringstar.config import (
+    Config,
+    KernelConfig,
+    ModelConfig,
+    RingConfig,
+    RopeConfig,
+    StarConfig,
+    StrategyConfig,
+    TransportConfig,
+    check,
+    strategy_config,
+)
+from ringstar.engine import OnProgress, RankEngine
+from ringstar.errors import UserError
+from ringstar.models import (
+    bind,
+    causal_output,
+    check_attachable,
+    check_call,
+    check_generation,
+    choose_rope_precision,
+    new_tokens,
+    put,
+    quantised,
+    run_once,
+    sharded_past,
+    wanted_logits,
+)
+from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
+from ringstar.runtime import check_ids, check_positions, choose_kernel
+from ringstar.shard import TextShard
+from ringstar.strategies import check_document, describe, make_strategy
+from seqpar import Transport
+
+log = logging.getLogger("ringstar")
+
+_NAME = "ringstar"
+# what of a prompt's end star reads with exact attention, for nobody says where a question begins
+_STAR_QUERY_TOKENS = 256
+
+
+class Attached:
+    """A Hugging Face model whose forward runs over ranks; `detach` makes it what it was."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: Config,
+        ranks: Ranks | None,
+        query_tokens: int | None,
+        on_progress: OnProgress | None,
+    ):
+        facts = check_attachable(model)
+        check(config)
+        self.config, self._facts, self._model = config, facts, model
+        if ranks is None:
+            check_ranks(config)
+            self._ranks, why = make_ranks(config.transport, device=model.device)
+            self._made = True
+        else:
+            self._ranks, why, self._made = ranks, "as given", False
+        first = self._ranks.transports[0]
+        self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
+        self._on_progress = on_progress if on_progress and self.rank == 0 else lambda _: None
+        try:
+            self._prepare(query_tokens, why)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _prepare(self, query_tokens: int | None, why: str) -> None:
+        config, model, first = self.config, self._model, self._ranks.transports[0]
+        check_strategy(config, self.world_size)
+        if model.device != first.device:
+            what = f"model.to({str(first.device)!r}) first: that is this rank's device"
+            raise UserError("model", f"on {model.device}", what)
+        choice = choose_kernel(config, self._facts, first.device)
+        precision, why_precision = choose_rope_precision(
+            config.rope, self._facts, beyond_limit=False
+        )
+        star = isinstance(config.strategy, StarConfig)
+        self._query_tokens = query_tokens or (_STAR_QUERY_TOKENS if star else 1)
+        how = "as asked" if query_tokens else "query_tokens by default"
+        self._say(
+            f"{self.world_size} ranks over {first.name} ({why})",
+            choice.reason,
+            f"rope in {precision} ({why_precision})",
+            *[f"the last {self._query_tokens} tokens of a prompt see all of it ({how})"] * star,
+        )
+        bound = bind(model, ff_slice_tokens=config.model.ff_slice_tokens, rope_precision=precision)
+        self._undo = bound.undo
+        if small := quantised(model.config):
+            self._say(small)
+            run_once(bound)
+        self._engines = {
+            transport.rank: RankEngine(
+                bound, transport, choice.backend.name, config.encode.answer_tokens
+            )
+            for transport in self._ranks.transports
+        }
+        self._generate = model.generate
+        put(bound.undo, model, "generate", _in_place_of(model.generate, self.generate))
+        put(bound.undo, model, "forward", _in_place_of(model.forward, self.forward))
+        setattr(model, _NAME, self)
+        bound.undo.callback(delattr, model, _NAME)
+
+    def detach(self) -> None:
+        """Make the model what it was, and leave the group of ranks if it was made for it."""
+        self._undo.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        for transport in self._ranks.transports if self._made else ():
+            transport.close()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's own `generate`, on every rank, with the same arguments and result.
+
+        Raises:
+            UserError: what it cannot do over ranks, such as beam search, by name.
+            TransportError: ranks came to different results.
+        """
+        clocks = self.world_size if len(self._ranks.transports) < self.world_size else 1
+        kwargs = check_generation(self._model, self._generate, args, kwargs, clocks=clocks)
+        made = self._generate(*args, **kwargs)
+        ids = (made if isinstance(made, Tensor) else made.sequences).tolist()
+        self._ranks.run(lambda transport: transport.check_agreement("answer", ids))
+        return made
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: Any = 0,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """As the model's own, for texts (batch, tokens) that are the same on every rank.
+
+        Logits (batch, logits_to_keep, vocab) in the model's dtype; `past_key_values` holds what
+        this process's ranks keep.  Texts of a batch may be padded on the left: padding is neither
+        computed nor kept.
+        """
+        check_call(others)
+        past = sharded_past(past_key_values)
+        shards = next(iter(past.shards.values()), [])
+        seen = [shard.tokens for shard in shards]
+        window = self._facts.window
+        new = new_tokens(input_ids, attention_mask, position_ids, past, seen, window)
+        last = wanted_logits(logits_to_keep, new, input_ids.shape[1])
+        for ids in new:
+            check_ids("input_ids", ids, self._facts.vocab_size)
+        self._check_texts(new, seen or [0] * len(new), last)
+        columns = past.columns + input_ids.shape[1]
+
+        def forward(transport: Transport) -> Tensor:
+            transport.check_agreement("input_ids", new, last)
+            texts = [TextShard(self.world_size) for _ in new]
+            texts = past.shards.setdefault(transport.rank, texts)
+            return self._extend_and_read(transport, texts, new, last)
+
+        logits = self._ranks.run(forward)[0]
+        past.columns = columns
+        shaped = logits.clone().view(len(new), last, -1).to(self._model.dtype)
+        output = causal_output(shaped, None if use_cache is False else past)
+        return output.to_tuple() if return_dict is False else output
+
+    def _extend_and_read(
+        self, transport: Transport, texts: list[TextShard], new: list[list[int]], last: int
+    ) -> Tensor:
+        """One rank's part: what is spread over ranks, then what every rank reads."""
+        engine = self._engines[transport.rank]
+        # as one device has it, the longest text of a batch says how rope is scaled
+        length = max(text.tokens + len(ids) for text, ids in zip(texts, new, strict=True))
+        spread = [
+            self._spread(text.tokens, ids, last) for text, ids in zip(texts, new, strict=True)
+        ]
+        long = [number for number, tokens in enumerate(spread) if tokens]
+        if long:
+            made = make_strategy(
+                self.config.strategy, self.config.encode, transport, self._facts.vocab_size
+            )
+            heads = [new[number][: spread[number]] for number in long]
+            on_progress = self._on_progress if transport.rank == 0 else lambda _: None
+            engine.extend([texts[number] for number in long], heads, made, on_progress, length)
+        transport.publish("decode" if max(map(len, new)) == 1 else "question")
+        tails = [ids[tokens:] for ids, tokens in zip(new, spread, strict=True)]
+        logits = engine.read(texts, tails, last, length=length, growing=True)
+        if self.world_size > 1:  # the same bits everywhere, so that samples are the same too
+            transport.broadcast(logits, root=0).wait()
+        return logits
+
+    def _spread(self, start: int, new: Sequence[int], last: int) -> int:
+        """How many of a text's new tokens are encoded by the strategy, each rank its share."""
+        if start and isinstance(self.config.strategy, StarConfig):
+            return 0  # what follows a document sees all of it
+        return max(0, len(new) - max(last, self._query_tokens))
+
+    def _check_texts(self, new: list[list[int]], starts: list[int], last: int) -> None:
+        for ids, start in zip(new, starts, strict=True):
+            check_positions(self.config.strategy, self._facts, start + len(ids))
+            spread = self._spread(start, ids, last)
+            if spread:
+                strategy, world = self.config.strategy, self.world_size
+                check_document(strategy, spread, world, self._facts.vocab_size)
+                self._say(describe(strategy, spread, world))
+
+    def _say(self, *lines: str) -> None:
+        for line in lines if self.rank == 0 else ():
+            log.info(line)
+
+
+def _in_place_of(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` with the signature of a model's `own`, which transformers reads."""
+
+    @functools.wraps(own)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    return call
+
+
+def attach(
+    model: Any,
+    strategy: str | StrategyConfig = "ring",
+    transport: str | Ranks = "auto",
+    *,
+    world_size: int | None = None,
+    layout: str = "zigzag",
+    kernel: str = "auto",
+    rope_precision: str = "auto",
+    chunk_tokens: int = 8192,
+    query_tokens: int | None = None,
+    threads_per_rank: int | None = None,
+    timeout_s: float = 1800.0,
+    on_progress: OnProgress | None = None,
+) -> Attached:
+    """Spread the prompts of a user's own Hugging Face model over ranks.
+
+    Afterwards `model.generate(...)`, called on every rank with the same arguments, returns there
+    what it returns on one device: greedy or sampled, with streamers, stopping criteria and
+    batches padded on the left.  The KV of prompts and answers stays sharded over the ranks.
+
+    Args:
+        model: a loaded causal language model of a supported family, on this rank's device, with
+            any attention implementation; quantised weights stay as they are.
+        strategy: `ring` (exact), `star` (approximate), `dense` (one rank), or a RingConfig,
+            StarConfig or DenseConfig with its settings.
+        transport: `auto` (torchrun's ranks if there are, else one process), `nccl`, `gloo`,
+            `threads` (simulated ranks), or ranks that are connected already.
+        world_size: simulated ranks; under torchrun it may be left out.
+        layout: how `ring` deals tokens: `zigzag`, `striped` or `contiguous`.
+        kernel: the local attention back end.
+        rope_precision: of rotary angles: `float32` as the model's own, `float64`, or `auto`.
+        chunk_tokens: tokens per rank that are encoded at once; bounds memory.
+        query_tokens: tokens at the end of a prompt that every rank reads, with exact attention to
+            all before them; 1 unless given, for star 256.
+        threads_per_rank: CPU threads of each rank; the cores are shared evenly unless given.
+        timeout_s: how long a rank waits for another, seconds.
+        on_progress: called on rank 0 with the share of a prompt's encode that is done.
+
+    Returns:
+        A handle; `model.ringstar` is the same.
+
+    Raises:
+        UserError: a setting, or a model that cannot be run exactly, by name.
+    """
+    chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
+    if strategy == "ring":
+        chosen = RingConfig(layout=layout)
+    if query_tokens is not None and query_tokens < 1:
+        raise UserError("query_tokens", query_tokens, "allowed: 1 or more")
+    named = transport if isinstance(transport, str) else "auto"
+    config = Config(
+        strategy=chosen,
+        transport=TransportConfig(named, world_size, timeout_s, threads_per_rank),
+        kernel=KernelConfig(kernel),
+        rope=RopeConfig(rope_precision),
+        model=ModelConfig(dtype=str(getattr(model, "dtype", "")).removeprefix("torch.")),
+    )
+    config.encode.chunk_tokens = chunk_tokens
+    ranks = None if isinstance(transport, str) else transport
+    return Attached(model, config, ranks, query_tokens, on_progress)
+
+
+def detach(model: Any) -> None:
+    """Make an attached model what it was; raises UserError if it is not attached."""
+    attached = vars(model).get(_NAME)
+    if attached is None:
+        raise UserError("model", type(model).__name__, "is not attached to ranks")
+    attached.detach()

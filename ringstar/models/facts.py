@@ -1,0 +1,41 @@
+"""What a model's config says about the texts that it can take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringstar.models.families import rope_types
+
+# their layers take the window whatever `layer_types` says
+_ALL_SLIDE = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")
+
+
+class ModelFacts:
+    """A config, and what its rope was scaled by (a kind and a factor), if it was not as stored."""
+
+    def __init__(self, config: Any, scaling: tuple[str, float] | None = None):
+        self.config, self.scaling = config, scaling
+
+    @property
+    def max_positions(self) -> int:
+        # `dynamic` reads the config's own value, so that one stays as it is
+        stored = self.config.max_position_embeddings
+        return int(stored * self.scaling[1]) if self.scaling else stored
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window of some layer, in tokens; None if every layer sees everything."""
+        kinds = getattr(self.config, "layer_types", None)
+        slides = self.config.model_type in _ALL_SLIDE or not kinds or "sliding_attention" in kinds
+        return getattr(self.config, "sliding_window", None) if slides else None
+
+    @property
+    def rope_jumps_after(self) -> int | None:
+        """The length of text after which all rotary frequencies are others (longrope)."""
+        if "longrope" not in rope_types(self.config):
+            return None
+        return self.config.rope_parameters["original_max_position_embeddings"]

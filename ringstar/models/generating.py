@@ -1,0 +1,186 @@
+"""Hugging Face's `generate` over ranks: what of it works, and what is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ringstar.errors import UserError
+from ringstar.models.past import ShardedPast
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_ONE_STREAM = "greedy search and sampling keep one text for each prompt; allowed: these two"
+# arguments of `generate` that would have a second model, or a loop of their own
+_ARGUMENTS = {
+    "assistant_model": "assisted decoding takes tokens back from the KV; allowed: none",
+    "custom_generate": "a loop of its own may take tokens back; allowed: none",
+    "inputs_embeds": "ranks deal token ids; allowed: input_ids",
+    "negative_prompt_ids": "guidance reads every text twice; allowed: none",
+}
+# settings of a GenerationConfig and the values that they may have
+_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "cache_implementation": ((None, "dynamic"), "KV is sharded over ranks; allowed: none"),
+    "guidance_scale": ((None, 1, 1.0), "guidance reads every text twice; allowed: none"),
+    "output_attentions": ((None, False), "weights of attention are never made; allowed: false"),
+    "output_hidden_states": (
+        (None, False),
+        "each rank has some tokens' only; allowed: false",
+    ),
+    "prefill_chunk_size": ((None,), "allowed: none; chunk_tokens of attach cuts a prompt"),
+}
+
+
+def check_generation(
+    model: Any, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any], *, clocks: int
+) -> dict[str, Any]:
+    """Raise UserError for a call of `generate` that cannot be what one device returns.
+
+    `clocks` is how many processes decide when to stop.  Returns the keywords to call it with.
+    """
+    bound = inspect.signature(generate).bind(*args, **kwargs).arguments
+    given = {**bound.pop("kwargs", {}), **bound}
+    for name, why in _ARGUMENTS.items():
+        if given.get(name) is not None:
+            raise UserError(name, type(given[name]).__name__, why)
+    settings = _settings(model, given)
+    mode = settings.get_generation_mode(given.get("assistant_model"))
+    if mode not in _MODES:
+        raise UserError("generate", mode.value, _ONE_STREAM)
+    for name, (allowed, why) in _SETTINGS.items():
+        if getattr(settings, name, None) not in allowed:
+            raise UserError(name, getattr(settings, name), why)
+    if settings.max_time is not None and clocks > 1:
+        why = "the clocks of ranks differ, so that one would stop before another; allowed: none"
+        raise UserError("max_time", settings.max_time, why)
+    if given.get("past_key_values") is None and settings.use_cache is not False:
+        return {**kwargs, "past_key_values": ShardedPast()}
+    return kwargs
+
+
+def _settings(model: Any, given: dict[str, Any]) -> Any:
+    """The GenerationConfig that a call will have: the one given or the model's, and keywords."""
+    merged = GenerationConfig(**model.generation_config.to_dict())
+    if given.get("generation_config") is not None:
+        merged.update(**given["generation_config"].to_dict())
+    merged.update(**{key: given[key] for key in given if key != "generation_config"})
+    return merged
+
+
+def check_call(arguments: dict[str, Any]) -> None:
+    """Raise UserError for what a forward pass over ranks has no answer to."""
+    for name, value in arguments.items():
+        if value is None or value is False:
+            continue
+        why = _ARGUMENTS.get(name) or "a model that is spread over ranks does not take it"
+        raise UserError(name, type(value).__name__, why)
+
+
+def sharded_past(past: Any) -> ShardedPast:
+    """The past that a call brings, or a new one; UserError for one that is not sharded."""
+    if past is None:
+        return ShardedPast()
+    if not isinstance(past, ShardedPast):
+        why = (
+            "does not hold what ranks have; leave it out, or pass ringstar.ShardedPast(), or the"
+            " past_key_values that the model returned"
+        )
+        raise UserError("past_key_values", type(past).__name__, why)
+    return past
+
+
+def new_tokens(
+    input_ids: Any,
+    mask: Any,
+    positions: Any,
+    past: ShardedPast,
+    seen: Sequence[int],
+    window: int | None,
+) -> list[list[int]]:
+    """The new tokens of each text, without those that the mask hides.
+
+    `seen` are the tokens that each text has in `past`, `window` is that of some layer.  Raises
+    UserError for ids, a mask or positions that do not say which texts there are, or hide a text's
+    last token.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.shape[1]:
+        raise UserError("input_ids", None, "allowed: token ids (batch, tokens), at least one each")
+    batch, tokens = input_ids.shape
+    if seen and len(seen) != batch:
+        raise UserError("input_ids", f"{batch} texts", f"past_key_values hold {len(seen)}")
+    starts = list(seen) or [0] * batch
+    real_BT = _real(mask, batch, tokens, past.columns, starts)
+    if not _padded_in_front(mask):
+        _check_gaps(positions, window)
+    _check_positions(positions, real_BT, starts)
+    return [row[real].tolist() for row, real in zip(input_ids.cpu(), real_BT, strict=True)]
+
+
+def _real(mask: Any, batch: int, tokens: int, columns: int, starts: list[int]) -> Tensor:
+    """Which of the new columns are tokens, as bool (batch, tokens); the others are padding."""
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != (batch, columns + tokens):
+        shape = tuple(getattr(mask, "shape", ()))
+        why = f"allowed: (batch, tokens) = ({batch}, {columns + tokens}), of 0 and 1"
+        raise UserError("attention_mask", shape, why)
+    seen = mask.ne(0).cpu()
+    if not seen[:, -1].all():
+        raise UserError("attention_mask", "hides last tokens", "allowed: padding on the left")
+    if columns and seen[:, :columns].sum(1).tolist() != starts:
+        raise UserError("attention_mask", "hides past tokens", "allowed: the past as it was read")
+    return seen[:, columns:]
+
+
+def _padded_in_front(mask: Any) -> bool:
+    """Whether each text is one piece, the tokens of its past among it."""
+    return mask is None or bool((mask.ne(0).long().diff(dim=1) >= 0).all())
+
+
+def _check_gaps(positions: Any, window: int | None) -> None:
+    """Padding between tokens, which transformers counts for a window and for default positions."""
+    if window is not None:
+        why = "a sliding window counts it; allowed: padding in front of whole texts"
+        raise UserError("attention_mask", "padding between tokens", why)
+    if positions is None:
+        raise UserError("position_ids", None, "needed where padding stands between tokens")
+
+
+def _check_positions(positions: Any, real_BT: Tensor, starts: list[int]) -> None:
+    """Positions must be those that tokens have in their own text."""
+    if positions is None:
+        return
+    asked = torch.as_tensor(positions).cpu()
+    if asked.shape[-1] != real_BT.shape[1]:
+        raise UserError("position_ids", tuple(asked.shape), f"allowed: {tuple(real_BT.shape)}")
+    asked = asked.expand(real_BT.shape)
+    for row, real, start in zip(asked, real_BT, starts, strict=True):
+        if row[real].tolist() != list(range(start, start + int(real.sum()))):
+            why = "allowed: those of each text's own tokens, counted from 0"
+            raise UserError("position_ids", row[real].tolist()[:8], why)
+
+
+def wanted_logits(keep: Any, new: Sequence[Sequence[int]], columns: int) -> int:
+    """How many of each text's last tokens get logits; UserError for too many, or for all."""
+    padded = any(len(ids) < columns for ids in new)
+    most = 1 if padded else columns
+    if columns == 1 and isinstance(keep, int) and keep == 0:
+        return 1
+    if not isinstance(keep, int) or not 1 <= keep <= most:
+        why = (
+            f"allowed: {f'1 to {most}' if most > 1 else 1}; all tokens' (0, the default of a bare"
+            " call) would have to come from all ranks"
+        )
+        raise UserError("logits_to_keep", keep, why)
+    return keep
+
+
+def causal_output(logits_BTV: Tensor, past: ShardedPast | None) -> CausalLMOutputWithPast:
+    """As a model's own forward returns it."""
+    return CausalLMOutputWithPast(logits=logits_BTV, past_key_values=past)

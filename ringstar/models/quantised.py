@@ -1,0 +1,156 @@
+"""Weights that transformers' own quantisers keep small: what runs exactly, said before they load.
+
+The quantised layers are left as they are.  What a method needs (a package, a GPU), transformers
+knows; ours is only which of them exactness rules out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from ringstar.errors import UserError, in_a_line
+from ringstar.models.attention import PositionEmbeddings
+
+
+def check_quantised(path: str, config: Any, key: str = "model.path") -> None:
+    """Raise UserError unless the weights of a model with this `config` can run exactly here."""
+    stored = _stored(config)
+    if stored is None:
+        return
+    try:
+        settings = _settings(stored)
+    except ModuleNotFoundError as error:
+        package = (error.name or _method(stored)).partition(".")[0]
+        why = f"weights quantised by {_method(stored)} need {package}: pip install {package}"
+        raise UserError(key, path, why) from error
+    except Exception as error:
+        why = f"weights quantised by {_method(stored)} cannot run here: {in_a_line(error)}"
+        raise UserError(key, path, why) from error
+    rounds = _ROUNDS_ACTIVATIONS.get(_value(settings.quant_method))
+    if rounds and rounds(settings) and not _widened(settings):
+        raise UserError(
+            key,
+            path,
+            f"weights quantised by {_name(settings)}, which rounds activations too: the last bit of"
+            " one, where any two ways to compute attention differ, then changes logits in their"
+            " second digit, so that no answer is exact; allowed: methods that round weights alone",
+        )
+
+
+def quantised(config: Any) -> str | None:
+    """How the weights of a model with this `config` are quantised, in words; None if they are not.
+
+    The model is one that `check_quantised` let through.
+    """
+    stored = _stored(config)
+    if stored is None:
+        return None
+    settings = _settings(stored)
+    widened = ", which transformers widens while it loads them" if _widened(settings) else ""
+    return f"weights quantised by {_name(settings)}{widened}"
+
+
+class _OneToken:
+    """A forward pass of one token, which sees itself alone: its attention is its own value."""
+
+    def __init__(self, position_embeddings: PositionEmbeddings):
+        self.position_embeddings = position_embeddings
+
+    def attend(
+        self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **_: Any
+    ) -> Tensor:
+        """The values, repeated for the heads that share them (B, 1, H, D)."""
+        return v_BTKD.repeat_interleave(q_BTHD.shape[2] // v_BTKD.shape[2], dim=2)
+
+
+@torch.inference_mode()
+def run_once(bound: Any) -> None:
+    """One token through a `BoundModel`, before ranks share it.
+
+    Some quantised layers repack their weights when they are first called, which simulated ranks
+    must not do at once; and some run only in the dtype in which they were stored, which shows here
+    rather than in the middle of an encode.
+    """
+    one = torch.zeros(1, dtype=torch.int64, device=bound.device)
+    like = torch.empty(0, dtype=bound.dtype, device=bound.device)
+    bound.model(
+        input_ids=one.unsqueeze(0),
+        position_ids=one.unsqueeze(0),
+        use_cache=False,
+        logits_to_keep=1,
+        ringstar_context=_OneToken(bound.rotary.plan(one, like, 1)),
+    )
+
+
+def _stored(config: Any) -> Any | None:
+    return getattr(config, "quantization_config", None)
+
+
+def _settings(stored: Any) -> Any:
+    """transformers' settings of a quantiser, once it has found all that it needs here.
+
+    Raises whatever that quantiser raises.
+    """
+    quantiser = AutoHfQuantizer.from_config(copy.deepcopy(stored), pre_quantized=True)
+    quantiser.validate_environment(device_map=None, weights_only=True)
+    return quantiser.quantization_config
+
+
+def _method(stored: Any) -> str:
+    named = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return _value(named)
+
+
+def _value(method: Any) -> str:
+    """The name of a method, which transformers has as an enum or as a string."""
+    return str(getattr(method, "value", method))
+
+
+def _widened(settings: Any) -> bool:
+    """Whether transformers makes ordinary weights of these while it loads them."""
+    return bool(getattr(settings, "dequantize", False))
+
+
+def _name(settings: Any) -> str:
+    """The method, and which of its kinds."""
+    method = _value(settings.quant_method)
+    if method == "torchao":
+        kinds = sorted({type(kind).__name__ for kind in _torchao_kinds(settings)})
+        return " ".join([method, *kinds])
+    if method == "bitsandbytes":
+        return f"{method} {'int8' if settings.load_in_8bit else settings.bnb_4bit_quant_type}"
+    return method
+
+
+def _torchao_kinds(settings: Any) -> list[Any]:
+    """The kinds of all layers, or of each layer that is named (FqnToConfig)."""
+    kind = settings.quant_type
+    by_layer = getattr(kind, "fqn_to_config", {"": kind})
+    return [each for each in by_layer.values() if each is not None]
+
+
+def _torchao_rounds(settings: Any) -> bool:
+    """Its kinds are named `...WeightOnlyConfig` or `...ActivationConfig`."""
+    return any("Activation" in type(kind).__name__ for kind in _torchao_kinds(settings))
+
+
+def _compressed_rounds(settings: Any) -> bool:
+    groups = settings.quantization_config.config_groups.values()
+    return any(group.input_activations is not None for group in groups)
+
+
+# methods that round activations, and with which settings
+_ROUNDS_ACTIVATIONS: dict[str, Callable[[Any], bool]] = {
+    "bitnet": lambda settings: True,
+    "bitsandbytes": lambda settings: settings.load_in_8bit,
+    "compressed-tensors": _compressed_rounds,
+    "fbgemm_fp8": lambda settings: True,
+    "fp8": lambda settings: True,
+    "torchao": _torchao_rounds,
+}
