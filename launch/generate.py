@@ -39,6 +39,7 @@ from ringstar.config import Config
 from ringstar.models import ModelFiles, find_model, quiet_transformers
 from ringstar.ranks import check_ranks, make_ranks, under_torchrun
 from ringstar.runtime import Document, LongContext, choose_kernel
+from ringstar.store import check_place
 from ringstar.strategies import blocks_of
 
 
@@ -55,6 +56,8 @@ def check_request(config: Config) -> tuple[ModelFiles, Request]:
     """All that can be found wrong before ranks start and weights load."""
     quiet_transformers()
     check_writable(config.output)
+    if config.document.save is not None:
+        check_place("document.save", config.document.save)
     files = find_model(config.model, config.rope)
     if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
         choose_kernel(config, files, torch.device("cpu"))
@@ -73,9 +76,7 @@ def run_rank(config: Config, phases: Any) -> None:
     runtime = LongContext(config, files, ranks, why)
     if runtime.rank == 0 and config.document.ids_path is None:
         logging.getLogger("ringstar").info(f"prompt split by {files.prompt.source}")
-    with encode_bar(len(request.context_ids), shown=runtime.rank == 0) as on_progress:
-        length = len(request.context_ids) + len(request.query_ids)
-        document = runtime.encode(request.context_ids, on_progress, length=length)
+    document = encoded_document(config, runtime, request)
     answer = runtime.ask(document, request.query_ids, on_text=print_piece)
     if runtime.rank == 0:
         print_piece("\n" if files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
@@ -83,6 +84,19 @@ def run_rank(config: Config, phases: Any) -> None:
         _print_summary(result)
         write_results(config, result, answer.first_logits)
     runtime.close()
+
+
+def encoded_document(config: Config, runtime: LongContext, request: Request) -> Document:
+    """Loaded, or encoded with a progress bar; and saved, if it shall be."""
+    if config.document.load is not None:
+        document = runtime.load(config.document.load)
+    else:
+        with encode_bar(len(request.context_ids), shown=runtime.rank == 0) as on_progress:
+            length = len(request.context_ids) + len(request.query_ids)
+            document = runtime.encode(request.context_ids, on_progress, length=length)
+    if config.document.save is not None:
+        runtime.save(document, config.document.save)
+    return document
 
 
 def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
 from ringstar.runtime import check_fits, check_ids
+from ringstar.store import saved_ids
 
 STDIN = "-"
 C = TypeVar("C", bound=Config)
@@ -84,18 +85,23 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
 def read_document(document: DocumentConfig) -> tuple[str | list[int], list[int] | None]:
     """The document, as text or as ids; and the question's ids, if a file holds both."""
     given = {
-        f"document.{name}": value for name, value in vars(document).items() if value is not None
+        f"document.{name}": value
+        for name, value in vars(document).items()
+        if value is not None and name != "save"
     }
     if len(given) != 1:
         raise UserError(
             "document",
             None,
-            "exactly one of document.path, document.text and document.ids_path is needed;"
+            "exactly one of document.path, document.text, document.ids_path and document.load is"
+            " needed;"
             f" given: {' and '.join(given) or 'none'}",
         )
     ((key, value),) = given.items()
     if key == "document.ids_path":
         return _ids_file(key, value)
+    if key == "document.load":
+        return saved_ids(key, value), None
     if key == "document.path":
         return read_text(key, value), None
     return given_text(key, value), None

@@ -28,6 +28,7 @@ _TEXT_KEYS = {
     *("question", "document.text", "generation.stop", "model.cache_dir", "launch.report"),
     *("compare.star", "compare.picture"),
 }
+_PATH_ENDS = ("_path", ".path", ".first_logits", ".save", ".load")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ COMPARE = Command(
         "generation.top_p": _GREEDY,
         "generation.seed": _GREEDY,
         "output.first_logits": "logits are compared, not written; drop it",
+        "document.load": "its documents are encoded anew, in every way; give document.path",
+        "document.save": "its documents are compared, not kept; drop it",
     },
 )
 
@@ -74,7 +77,7 @@ class _Given:
 
     @property
     def is_text(self) -> bool:
-        return self.key in _TEXT_KEYS or self.key.endswith(("_path", ".path", ".first_logits"))
+        return self.key in _TEXT_KEYS or self.key.endswith(_PATH_ENDS)
 
 
 def parse(arguments: Sequence[str]) -> schema.Config:

@@ -1,7 +1,7 @@
 """ringstar: answers over documents longer than one device, with unmodified Hugging Face models."""
 
 from ringstar.answers import Answer
-from ringstar.attach import Attached, attach, detach
+from ringstar.attached import Attached, attach, detach
 from ringstar.config import Config, GenerationConfig
 from ringstar.errors import UserError
 from ringstar.models import ShardedPast

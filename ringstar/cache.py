@@ -5,6 +5,8 @@ B batch, T tokens, K key/value heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,25 @@ class ShardedCache:
         for window, kept in self._by_window.items():
             if window is not None:
                 kept.fit(room)
+
+    @property
+    def layers(self) -> dict[int | None, tuple[int, ...]]:
+        """The layers of each window."""
+        return {window: kept.layers for window, kept in self._by_window.items()}
+
+    def all_layers(self) -> Iterator[tuple[int, DenseKV]]:
+        """The KV of every layer, in order, without a copy."""
+        by_layer = {layer: kept for kept in self._by_window.values() for layer in kept.layers}
+        for layer, kept in sorted(by_layer.items()):
+            yield layer, kept.view(layer, 0, kept.tokens)
+
+    def restore(self, window: int | None, runs: Runs, room: int) -> KeptKV:
+        """Layers with this window, for KV at `runs` that is about to be written, and some more."""
+        kept = self._by_window[window] = KeptKV()
+        kept.append(runs)
+        kept.reserve(max(self._room if window is None else 0, kept.tokens + room))
+        self._passes = 1
+        return kept
 
     @property
     def state(self) -> State:
@@ -166,6 +187,10 @@ class KeptKV:
                         for tensor in (kv.k_BTHD, kv.v_BTHD)
                     )
                 )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self._layers))
 
     def view(self, layer: int, start: int, stop: int) -> DenseKV:
         """Tokens [start, stop) of `layer`, without a copy."""

@@ -6,7 +6,7 @@ The library takes these or keyword arguments; only the command line knows how th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import starattn
@@ -85,6 +85,21 @@ def strategy_config(name: str) -> StrategyConfig:
     return _STRATEGIES[name]()
 
 
+def strategy_settings(strategy: StrategyConfig) -> dict[str, Any]:
+    """All settings of a strategy, as `saved_strategy` reads them."""
+    return asdict(strategy)
+
+
+def saved_strategy(key: str, value: str, settings: dict[str, Any]) -> StrategyConfig:
+    """The strategy of a saved document; raises UserError, naming `key`, for one that is unknown."""
+    try:
+        chosen = replace(strategy_config(settings["name"]), **settings)
+        check(Config(strategy=chosen))
+    except (UserError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(key, value, f"unknown strategy: {error}") from error
+    return chosen
+
+
 @dataclass
 class TransportConfig:
     """How ranks talk. `world_size` starts simulated ranks, or is checked against torchrun's."""
@@ -144,11 +159,13 @@ class RopeConfig:
 
 @dataclass
 class DocumentConfig:
-    """The document: exactly one of these."""
+    """The document: exactly one of these; `save` keeps it, encoded, and `load` is such a folder."""
 
     path: str | None = None
     text: str | None = None
     ids_path: str | None = None
+    load: str | None = None
+    save: str | None = None
 
 
 @dataclass

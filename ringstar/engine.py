@@ -51,7 +51,7 @@ class RankEngine:
         *,
         unified_max: bool = False,
     ):
-        self._model, self._transport = model, transport
+        self.model, self._transport = model, transport
         self._kernel = kernel
         self._unified = UnifiedMax() if unified_max else None
         self._room = _share(answer_tokens, transport.world_size)
@@ -97,7 +97,7 @@ class RankEngine:
             held = token_count(shard.owned[rank]) + token_count(runs[rank])
             shard.cache.reserve(held + self._room)
             shard.cache.forget(shard.tokens)
-        progress = _Progress(self._model, plan, on_progress)
+        progress = _Progress(self.model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
             self._extend(shards, new, extension, progress)
@@ -170,7 +170,7 @@ class RankEngine:
         )
         wanted = [index for row in rows for index in range(row.stop - last, row.stop)]
         token_ids = self._tensor([token for ids in new for token in ids])
-        return self._model.forward(token_ids, positions_T, context, logits=wanted)
+        return self.model.forward(token_ids, positions_T, context, logits=wanted)
 
     def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
         """The most tokens of a question and its answer that one rank may have to keep."""
@@ -179,7 +179,7 @@ class RankEngine:
 
     def same_rope(self, length: int, other: int) -> bool:
         """Whether texts of these lengths are encoded alike."""
-        return self._model.rotary.same(length, other)
+        return self.model.rotary.same(length, other)
 
     def _extend(
         self,
@@ -204,7 +204,7 @@ class RankEngine:
         )
         token_ids = self._tensor(extension.token_ids(new) or [DUMMY_ID])
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
-        self._model.forward(token_ids, positions_T, context, logits=[])
+        self.model.forward(token_ids, positions_T, context, logits=[])
         for shard, part in parts:
             shard.cache.forget(part.encoded)
 
@@ -220,11 +220,11 @@ class RankEngine:
 
     def _rotary(self, plans: Sequence[tuple[Tensor, int]]) -> PositionEmbeddings:
         """cos and sin of texts side by side, each (positions_T, length of the whole text)."""
-        like = torch.empty(0, dtype=self._model.dtype, device=self._model.device)
-        return self._model.rotary.plan_texts(plans, like)
+        like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
+        return self.model.rotary.plan_texts(plans, like)
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
 
 def _share(tokens: int, world: int) -> int:

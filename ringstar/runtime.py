@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from ringstar.config import (
     TransportConfig,
     check,
     check_generation,
+    saved_strategy,
     strategy_config,
+    strategy_settings,
 )
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
@@ -34,6 +37,15 @@ from ringstar.metrics import RankMetrics, gather_integers, gather_metrics
 from ringstar.models import ModelFacts, ModelFiles, choose_dtype, choose_rope_precision, find_model
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.shard import TextShard
+from ringstar.store import (
+    Manifest,
+    check_saved,
+    fingerprint,
+    read_ids,
+    read_manifest,
+    read_shard,
+    write_shards,
+)
 from ringstar.strategies import check_document, describe, make_strategy
 from seqpar import Transport
 
@@ -51,12 +63,17 @@ class Document:
     those of all.
     """
 
-    tokens: int
+    ids: Sequence[int] = field(repr=False)
     strategy: StrategyConfig
     encode_s: float
     metrics: RankMetrics
     shards: list[TextShard] = field(repr=False)
     owner: LongContext = field(repr=False, compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.ids)
 
 
 class LongContext:
@@ -234,7 +251,7 @@ class LongContext:
 
         by_rank, (metrics, *_), (took, *_) = zip(*self._ranks.run(encode), strict=True)
         return [
-            Document(len(document), chosen, took / 1e9, figures, list(shards), self)
+            Document(document, chosen, took / 1e9, figures, list(shards), self)
             for document, figures, shards in zip(
                 ids, metrics, zip(*by_rank, strict=True), strict=True
             )
@@ -310,6 +327,87 @@ class LongContext:
             return self._engines[transport.rank].score(shards[transport.rank], ids, last)
 
         return self._ranks.run(score)[0].cpu()
+
+    def save(self, document: Document, folder: str) -> None:
+        """Write an encoded document to a folder, whole or not at all.
+
+        A document that is saved there already is replaced once the new one is complete.  All
+        ranks write to the same folder, each its share.
+
+        Raises:
+            UserError: the folder holds something else, or there is no room; what was saved there
+                before is as it was.
+        """
+        shards = self._shards(document)
+        facts = {**self._identity(), "strategy": strategy_settings(document.strategy)}
+
+        def save(transport: Transport) -> str | None:
+            transport.publish("save")
+            path = Path(folder).expanduser()
+            return write_shards(transport, shards[transport.rank], document.ids, path, facts)
+
+        wrong = self._ranks.run(save)[0]
+        if wrong is not None:
+            raise UserError("document.save", folder, wrong)
+        self._say(f"document of {document.tokens:,} tokens saved to {folder}")
+
+    def load(self, folder: str) -> Document:
+        """A document that was saved, by this model, at any number of ranks and in any layout.
+
+        Raises:
+            UserError: it is damaged, or was made by another model or with other settings.
+        """
+        path, manifest = read_manifest("document.load", folder)
+        chosen = self._check_identity(folder, manifest)
+        strategy = self.config.strategy
+        layout: Any = strategy.layout if isinstance(strategy, RingConfig) else "zigzag"
+        room = self.config.encode.answer_tokens
+
+        def load(transport: Transport) -> tuple[TextShard | None, Any, str | None]:
+            transport.publish("load document")
+            transport.check_agreement("document", manifest)
+            started = time.perf_counter()
+            wrong = check_saved(transport, path, manifest)
+            if wrong is not None:
+                return None, None, wrong
+            shard, wrong = read_shard(transport, path, manifest, layout, room)
+            (took,) = gather_integers(transport, [round((time.perf_counter() - started) * 1e9)])
+            return shard, (gather_metrics(transport, shard.cache.nbytes, 0), max(took)), wrong
+
+        shards, (figures, *_), (wrong, *_) = zip(*self._ranks.run(load), strict=True)
+        if wrong is not None:
+            raise UserError("document.load", folder, wrong)
+        metrics, took = figures
+        ids = read_ids(path, manifest)
+        self._say(
+            f"document of {len(ids):,} tokens loaded from {folder}: encoded by {chosen.name} over"
+            f" {len(manifest.files)} ranks, dealt to {self.world_size}"
+        )
+        return Document(ids, chosen, took / 1e9, metrics, list(shards), self)
+
+    def _identity(self) -> dict[str, str]:
+        """What KV depends on, beside the tokens and the strategy."""
+        model, scaling = next(iter(self._engines.values())).model, self.files.scaling
+        scaled = f", {scaling[0]} by {scaling[1]:g}" if scaling else ""
+        return {
+            "model": self.files.config.model_type,
+            "fingerprint": fingerprint(model.model),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "rope": model.rotary.precision + scaled,
+        }
+
+    def _check_identity(self, folder: str, manifest: Manifest) -> StrategyConfig:
+        """How a saved document was encoded; UserError if this model would not have."""
+        ours = self._identity()
+        for name in ("model", "dtype", "rope", "fingerprint"):
+            theirs, own = str(getattr(manifest, name)), ours[name]
+            if theirs != own:
+                what = "model (weights or config)" if name == "fingerprint" else name
+                why = f"was encoded with another {what}: {theirs[:16]}, here {own[:16]}"
+                raise UserError("document.load", folder, why)
+        chosen = saved_strategy("document.load", folder, manifest.strategy)
+        check_fits(replace(self.config, strategy=RingConfig()), self.files, 1, manifest.tokens)
+        return chosen
 
     def _shards(self, document: Document) -> dict[int, TextShard]:
         """What each rank of this process holds of a document."""

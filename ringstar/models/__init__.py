@@ -2,7 +2,7 @@
 
 import ringstar.models.quiet  # noqa: F401 - before whatever imports transformers
 from ringstar.models.attention import PositionEmbeddings
-from ringstar.models.bind import BoundModel, bind, put
+from ringstar.models.bind import BoundModel
 from ringstar.models.facts import ModelFacts
 from ringstar.models.families import FAMILIES, SUPPORTED, features
 from ringstar.models.generating import (
@@ -22,7 +22,6 @@ from ringstar.models.load import (
 )
 from ringstar.models.own import check_attachable
 from ringstar.models.past import ShardedPast
-from ringstar.models.quantised import quantised, run_once
 from ringstar.models.tiny import TINY, save_tiny
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "ModelFiles",
     "PositionEmbeddings",
     "ShardedPast",
-    "bind",
     "causal_output",
     "check_attachable",
     "check_call",
@@ -44,10 +42,7 @@ __all__ = [
     "features",
     "find_model",
     "new_tokens",
-    "put",
-    "quantised",
     "quiet_transformers",
-    "run_once",
     "save_tiny",
     "sharded_past",
     "wanted_logits",

@@ -25,7 +25,9 @@ from ringstar.config import Config
 
 OPTIONS = [
     "document.ids_path",
+    "document.load",
     "document.path",
+    "document.save",
     "document.text",
     "encode.answer_tokens",
     "encode.chunk_tokens",
@@ -67,7 +69,8 @@ OPTIONS = [
 # launch.compare: no strategy, nothing of sampling
 COMPARE_OPTIONS = sorted(
     {key for key in OPTIONS if not key.startswith("strategy.")}
-    - {"generation.seed", "generation.temperature", "generation.top_p", "output.first_logits"}
+    - {"document.load", "document.save", "output.first_logits"}
+    - {"generation.seed", "generation.temperature", "generation.top_p"}
     | {
         "compare.needle_trials",
         "compare.needles",
@@ -124,6 +127,8 @@ TEXT_KEYS = [
     "document.text",
     "document.path",
     "document.ids_path",
+    "document.load",
+    "document.save",
     "model.path",
     "model.cache_dir",
     "output.path",

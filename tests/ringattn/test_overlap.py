@@ -42,7 +42,8 @@ def one_pass(transport, step_s: float) -> float:
 def test_a_pass_takes_the_longer_of_compute_and_transfer(step_s, transfer_s):
     link = Link(bytes_per_s=SHARD_BYTES / transfer_s)
     world = ThreadWorld(WORLD, link=link, threads_per_rank=1)
-    took = max(world.run(lambda t: one_pass(t, step_s)))
+    # the best of three: other processes only make it longer
+    took = min(max(world.run(lambda t: one_pass(t, step_s))) for _ in range(3))
     compute, transfer = WORLD * step_s, (WORLD - 1) * transfer_s
     assert took <= 1.1 * max(compute, transfer) + step_s
     assert took >= max(compute, transfer)

@@ -115,7 +115,7 @@ def test_logits_that_are_not_finite_are_a_fault_on_every_rank(monkeypatch):
     ring = runtime()
     document = ring.encode(random_ids(5))
     with torch.no_grad():
-        ring._engines[0]._model.model.lm_head.weight[3] = float("inf")
+        ring._engines[0].model.model.lm_head.weight[3] = float("inf")
     with pytest.raises(RuntimeError, match="logits that are not finite"):
         ring.ask(document, random_ids(2))
 

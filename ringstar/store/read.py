@@ -1,0 +1,170 @@
+"""Reading a document, by the same ranks that saved it or by others."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ringstar.errors import UserError, in_a_line
+from ringstar.metrics import gather_integers
+from ringstar.shard import TextShard
+from ringstar.store.manifest import Manifest, file_name, read_manifest, tensor_name
+from seqpar import Layout, LayoutKind, Runs, Transport, positions, token_count
+
+log = logging.getLogger("ringstar")
+
+_PIECE_BYTES = 16 << 20
+
+
+def read_ids(path: Path, manifest: Manifest) -> list[int]:
+    """The token ids of a saved document."""
+    with safe_open(path / manifest.data / file_name(0), framework="pt") as file:
+        return file.get_tensor("ids").tolist()
+
+
+def saved_ids(key: str, folder: str) -> list[int]:
+    """The same, for a folder that nobody has looked at; raises UserError, naming `key`."""
+    path, manifest = read_manifest(key, folder)
+    try:
+        return read_ids(path, manifest)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(key, folder, f"damaged: {in_a_line(error)}") from error
+
+
+def check_saved(transport: Transport, path: Path, manifest: Manifest) -> str | None:
+    """Check every file against its checksum, each on one rank; what is wrong, on every rank."""
+    wrong = [
+        rank
+        for rank in range(transport.rank, len(manifest.files), transport.world_size)
+        if _checksum(path / manifest.data / file_name(rank)) != manifest.files[rank]
+    ]
+    first = wrong[0] if wrong else len(manifest.files)
+    rank = min(gather_integers(transport, [first])[0])
+    if rank == len(manifest.files):
+        return None
+    return f"damaged: {manifest.data}/{file_name(rank)} is not as it was written"
+
+
+def read_shard(
+    transport: Transport, path: Path, manifest: Manifest, layout: LayoutKind, room: int
+) -> tuple[TextShard, str | None]:
+    """This rank's share of a document whose files were checked, and what is wrong on some rank.
+
+    As many ranks as saved it take what each of them had; others are dealt it by `layout`.
+    `room` tokens more will fit.
+    """
+    shard, failed = TextShard(transport.world_size, manifest.length), 0
+    try:
+        _read_into(shard, transport, path / manifest.data, manifest, layout, room)
+    except (SafetensorError, OSError, ValueError) as error:
+        log.debug("reading a document", exc_info=error)
+        failed = 1
+    if any(gather_integers(transport, [failed])[0]):
+        return shard, f"damaged: {manifest.data} does not hold what the manifest says"
+    shard.keep()
+    return shard, None
+
+
+def _read_into(
+    shard: TextShard,
+    transport: Transport,
+    data: Path,
+    manifest: Manifest,
+    layout: LayoutKind,
+    room: int,
+) -> None:
+    world, rank = transport.world_size, transport.rank
+    owned = manifest.owned
+    if len(owned) != world:
+        dealt = Layout(layout, 0, manifest.tokens, world)
+        owned = tuple(dealt.runs(each) for each in range(world))
+    shard.grow(manifest.tokens, owned)
+    shard.cache.reserve(token_count(owned[rank]) + room)
+    with SavedRanks(data, manifest) as saved:
+        for window, layers in manifest.layers.items():
+            wanted = manifest.kept(owned[rank], window)
+            held = shard.cache.restore(window, wanted, room)
+            sources = _sources(manifest, window, wanted)
+            for layer in layers:
+                k, v = (saved.gathered(layer, what, window, wanted, sources) for what in "kv")
+                held.write(layer, 0, *(t.unsqueeze(0).to(transport.device) for t in (k, v)))
+
+
+# a saved rank, which of its tokens, and which of ours they are
+Source = tuple[int, Tensor, Tensor]
+
+
+def _sources(manifest: Manifest, window: int | None, wanted: Runs) -> list[Source]:
+    """Where the positions `wanted` are, among the saved ranks."""
+    ours = torch.tensor(positions(wanted), dtype=torch.int64)
+    found = []
+    for rank, owned in enumerate(manifest.owned):
+        theirs = torch.tensor(positions(manifest.kept(owned, window)), dtype=torch.int64)
+        if len(theirs):
+            ordered, order = theirs.sort()
+            near = torch.searchsorted(ordered, ours).clamp(max=len(ordered) - 1)
+            here = (ordered[near] == ours).nonzero().flatten()
+            found.append((rank, order[near[here]], here))
+    return [source for source in found if len(source[1])]
+
+
+class SavedRanks(AbstractContextManager["SavedRanks"]):
+    """The open files of a saved document."""
+
+    def __init__(self, data: Path, manifest: Manifest):
+        self._data, self._manifest = data, manifest
+        self._files: dict[int, Any] = {}
+
+    def gathered(
+        self, layer: int, what: str, window: int | None, wanted: Runs, sources: list[Source]
+    ) -> Tensor:
+        """k or v of a layer (tokens, KV heads, head size) at the positions `wanted`."""
+        name = tensor_name(layer, what)
+        whole = [self._tensor(rank, name, window) for rank, _, _ in sources]
+        if len(whole) == 1 and len(sources[0][1]) == len(whole[0]) == token_count(wanted):
+            _, take, to = sources[0]
+            if torch.equal(take, to):
+                return whole[0]
+        _, heads, dim = self._slice(0, name).get_shape()
+        dtype = getattr(torch, self._manifest.dtype)
+        made = torch.empty(token_count(wanted), heads, dim, dtype=dtype)
+        for (_, take, to), tensor in zip(sources, whole, strict=True):
+            made[to] = tensor[take]
+        return made
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def _tensor(self, rank: int, name: str, window: int | None) -> Tensor:
+        tokens = token_count(self._manifest.kept(self._manifest.owned[rank], window))
+        tensor = self._slice(rank, name)[:]
+        if tensor.ndim != 3 or len(tensor) != tokens:
+            raise ValueError(f"{name} of rank {rank} has the shape {tuple(tensor.shape)}")
+        if tensor.dtype != getattr(torch, self._manifest.dtype):
+            raise ValueError(f"{name} of rank {rank} is {tensor.dtype}")
+        return tensor
+
+    def _slice(self, rank: int, name: str) -> Any:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self._data / file_name(rank), framework="pt")
+        return self._files[rank].get_slice(name)
+
+
+def _checksum(path: Path) -> tuple[int, str]:
+    """Size and checksum of a file; nothing that a manifest has, if it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+                size += len(piece)
+    except OSError:
+        return -1, ""
+    return size, digest.hexdigest()
