@@ -54,6 +54,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def check_request(config: Config) -> tuple[ModelFiles, Request]:
     """All that can be found wrong before ranks start and weights load."""
+    files = check_document_request(config)
+    return files, read_request(config, files)
+
+
+def check_document_request(config: Config) -> ModelFiles:
+    """The part of it that does not depend on the question."""
     quiet_transformers()
     check_writable(config.output)
     if config.document.save is not None:
@@ -62,7 +68,7 @@ def check_request(config: Config) -> tuple[ModelFiles, Request]:
     if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
         choose_kernel(config, files, torch.device("cpu"))
     check_weights(files)
-    return files, read_request(config, files)
+    return files
 
 
 def run_rank(config: Config, phases: Any) -> None:

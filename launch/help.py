@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.options import COMPARE, GENERATE, Command, every_option, group_options
+from launch.options import ASK, COMPARE, GENERATE, Command, every_option, group_options
 
 _MEANING = {
     "strategy": "how the document is encoded: ring (exact), star (approximate), dense (one rank)",
@@ -46,6 +46,7 @@ _MEANING = {
     "generation.top_p": "sample from the likeliest tokens that make up this share",
     "generation.seed": "of the sampling",
     "generation.stop": "a text that ends the answer; may be given several times",
+    "questions.path": 'JSONL, {"question": "..."} on each line; unset: they are typed',
     "output.path": "result JSON; the resolved config is written beside it",
     "output.first_logits": "safetensors: first_token_logits (vocab,) float32",
     "launch.nproc": "start this many ranks on this machine",
@@ -59,12 +60,16 @@ _MEANING = {
     "compare.picture": "PNG; unset: beside output.path if that is given",
 }
 _MEANING_OF = {
+    ASK.root: {
+        "generation.max_new_tokens": "the longest answer",
+        "output.path": "JSON lines, one answer each; a run that was stopped goes on from there",
+    },
     COMPARE.root: {
         "question": "taken literally; may be given several times",
         "question_path": "a text file with one more question",
         "generation.max_new_tokens": "the longest answer, also about a planted fact",
         "output.path": "JSON of everything; the resolved config and the picture go beside it",
-    }
+    },
 }
 _INTERNAL = {"launch.report"}
 

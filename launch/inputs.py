@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ringstar.config import Config, DocumentConfig
+from ringstar.config import AskConfig, Config, DocumentConfig, QuestionsConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
@@ -35,15 +35,32 @@ def read_request(config: Config, files: ModelFiles) -> Request:
     check_one_reader(config)
     document, own_query = read_document(config.document)
     question = _question(config, own_query is not None)
-    context = files.context_ids(document) if isinstance(document, str) else list(document)
+    context = _context(document, files)
     query = files.query_ids(question) if question is not None else list(own_query or ())
-    check_ids("document", context, files.vocab_size)
     check_ids("question", query, files.vocab_size)
     if config.generation.stop and files.tokenizer is None:
         raise UserError("generation.stop", config.generation.stop[0], "needs a tokenizer")
     world = config.launch.nproc or world_size_of(config.transport)
     check_fits(config, files, world, len(context), len(query), config.generation.max_new_tokens)
     return Request(context, query)
+
+
+def read_context(config: Config, files: ModelFiles) -> list[int]:
+    """Token ids of a document that is asked about later; raises UserError."""
+    document, query = read_document(config.document)
+    if query is not None:
+        why = "questions.path has the questions, or they are typed; drop query_ids"
+        raise UserError("document.ids_path", config.document.ids_path, why)
+    context = _context(document, files)
+    world = config.launch.nproc or world_size_of(config.transport)
+    check_fits(config, files, world, len(context))
+    return context
+
+
+def _context(document: str | list[int], files: ModelFiles) -> list[int]:
+    ids = files.context_ids(document) if isinstance(document, str) else list(document)
+    check_ids("document", ids, files.vocab_size)
+    return ids
 
 
 def read_text(key: str, path: str) -> str:
@@ -79,7 +96,10 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
             Path(copies[key]).write_bytes(_read_bytes(key, path))
         document = replace(config.document, path=copies.get("document.path", config.document.path))
         question_path = copies.get("question_path", config.question_path)
-        yield replace(config, document=document, question_path=question_path), copies
+        kept = replace(config, document=document, question_path=question_path)
+        if isinstance(kept, AskConfig) and "questions.path" in copies:
+            kept = replace(kept, questions=QuestionsConfig(copies["questions.path"]))
+        yield kept, copies
 
 
 def read_document(document: DocumentConfig) -> tuple[str | list[int], list[int] | None]:
@@ -140,27 +160,31 @@ def _ids_file(key: str, path: str) -> tuple[list[int], list[int] | None]:
         content = json.loads(_read_bytes(key, path))
     except (ValueError, RecursionError) as error:
         raise UserError(key, path, f"is not JSON ({error}); needed: {form}") from error
-    if not isinstance(content, dict) or not _is_ids(content.get("context_ids")):
+    if not isinstance(content, dict) or not is_ids(content.get("context_ids")):
         raise UserError(key, path, f"needed: {form}")
     query = content.get("query_ids")
-    if query is not None and not _is_ids(query):
+    if query is not None and not is_ids(query):
         raise UserError(key, path, f"query_ids: needed: {form}")
     return content["context_ids"], query
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
+    """Whether a value from a JSON file is a list of integers."""
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _text_paths(config: Config) -> dict[str, str]:
     paths = {"document.path": config.document.path, "question_path": config.question_path}
+    if isinstance(config, AskConfig):
+        paths["questions.path"] = config.questions.path
     return {key: path for key, path in paths.items() if path is not None}
 
 
 def check_one_reader(config: Config) -> None:
     """Raise UserError if two options would read standard input."""
-    if list(_text_paths(config).values()).count(STDIN) > 1:
-        raise UserError("question_path", STDIN, "standard input is the document already")
+    readers = [key for key, path in _text_paths(config).items() if path == STDIN]
+    if len(readers) > 1:
+        raise UserError(readers[1], STDIN, "standard input is the document already")
 
 
 def _is_stream(path: str) -> bool:

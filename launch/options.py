@@ -49,6 +49,17 @@ class Command:
 
 
 GENERATE = Command("config", GROUPS, frozenset({"generation.stop"}), {})
+_BY_FILE = "questions.path has questions, or they are typed"
+ASK = Command(
+    "ask",
+    GROUPS,
+    frozenset({"generation.stop"}),
+    {
+        "question": f"{_BY_FILE}; launch.generate takes one",
+        "question_path": f"{_BY_FILE}; launch.generate takes one",
+        "output.first_logits": "launch.generate writes those of one question; drop it",
+    },
+)
 _GREEDY = "answers that are compared are greedy; drop it"
 COMPARE = Command(
     "compare",
@@ -89,6 +100,13 @@ def parse_comparison(arguments: Sequence[str]) -> schema.ComparisonConfig:
     """Compose and check the config of `launch.compare`; raises UserError."""
     config = _parse(arguments, COMPARE)
     assert isinstance(config, schema.ComparisonConfig)
+    return config
+
+
+def parse_questions(arguments: Sequence[str]) -> schema.AskConfig:
+    """Compose and check the config of `launch.ask`; raises UserError."""
+    config = _parse(arguments, ASK)
+    assert isinstance(config, schema.AskConfig)
     return config
 
 
@@ -151,6 +169,7 @@ def _register_schemas() -> None:
     store = ConfigStore.instance()
     # the strategy is chosen by its group alone: a default would fix its type
     store.store(group="schema", name="config", node=schema.Config(strategy=MISSING))
+    store.store(group="schema", name="ask", node=schema.AskConfig(strategy=MISSING))
     store.store(group="schema", name="compare", node=schema.ComparisonConfig)
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ringstar.config import (
     Config,
+    DenseConfig,
     KernelConfig,
     ModelConfig,
     RingConfig,
@@ -22,7 +25,7 @@ from ringstar.config import (
     strategy_config,
 )
 from ringstar.engine import OnProgress, RankEngine
-from ringstar.errors import UserError
+from ringstar.errors import UserError, in_a_line
 from ringstar.models import (
     causal_output,
     check_attachable,
@@ -71,10 +74,11 @@ class Attached:
         first = self._ranks.transports[0]
         self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
         self._on_progress = on_progress if on_progress and self.rank == 0 else lambda _: None
+        self._undo = ExitStack()
         try:
             self._prepare(query_tokens, why)
         except BaseException:
-            self._leave()
+            self.detach()
             raise
 
     def _prepare(self, query_tokens: int | None, why: str) -> None:
@@ -100,7 +104,11 @@ class Attached:
         self._undo = bound.undo
         if small := quantised(model.config):
             self._say(small)
-            run_once(bound)
+            try:
+                run_once(bound)
+            except Exception as error:
+                why = f"{small} do not run in {model.dtype} here: {in_a_line(error)}"
+                raise UserError("model", type(model).__name__, why) from error
         self._engines = {
             transport.rank: RankEngine(
                 bound, transport, choice.backend.name, config.encode.answer_tokens
@@ -154,11 +162,16 @@ class Attached:
         computed nor kept.
         """
         check_call(others)
-        past = sharded_past(past_key_values)
+        device = self._model.device.type
+        if torch.is_autocast_enabled(device):
+            why = "ranks compute in the model's own dtype; load the model in the one you want"
+            raise UserError("torch.autocast", torch.get_autocast_dtype(device), why)
+        own = [transport.rank for transport in self._ranks.transports]
+        past = sharded_past(past_key_values, own, self.world_size)
         shards = next(iter(past.shards.values()), [])
         seen = [shard.tokens for shard in shards]
-        window = self._facts.window
-        new = new_tokens(input_ids, attention_mask, position_ids, past, seen, window)
+        facts = (self._facts.window, self._facts.rope_by_length)
+        new = new_tokens(input_ids, attention_mask, position_ids, past, seen, *facts)
         last = wanted_logits(logits_to_keep, new, input_ids.shape[1])
         for ids in new:
             check_ids("input_ids", ids, self._facts.vocab_size)
@@ -171,8 +184,9 @@ class Attached:
             texts = past.shards.setdefault(transport.rank, texts)
             return self._extend_and_read(transport, texts, new, last)
 
+        past.whole = False
         logits = self._ranks.run(forward)[0]
-        past.columns = columns
+        past.columns, past.whole = columns, True
         shaped = logits.clone().view(len(new), last, -1).to(self._model.dtype)
         output = causal_output(shaped, None if use_cache is False else past)
         return output.to_tuple() if return_dict is False else output
@@ -278,9 +292,13 @@ def attach(
         UserError: a setting, or a model that cannot be run exactly, by name.
     """
     chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
+    if not isinstance(chosen, RingConfig | StarConfig | DenseConfig):
+        raise UserError("strategy", strategy, "allowed: ring, star, dense, or a config of one")
     if strategy == "ring":
         chosen = RingConfig(layout=layout)
-    if query_tokens is not None and query_tokens < 1:
+    elif layout != "zigzag":
+        raise UserError("layout", layout, 'is of strategy="ring"; allowed: RingConfig(layout=...)')
+    if query_tokens is not None and (not isinstance(query_tokens, int) or query_tokens < 1):
         raise UserError("query_tokens", query_tokens, "allowed: 1 or more")
     named = transport if isinstance(transport, str) else "auto"
     config = Config(
@@ -297,7 +315,7 @@ def attach(
 
 def detach(model: Any) -> None:
     """Make an attached model what it was; raises UserError if it is not attached."""
-    attached = vars(model).get(_NAME)
-    if attached is None:
+    attached = getattr(model, _NAME, None)
+    if not isinstance(attached, Attached):
         raise UserError("model", type(model).__name__, "is not attached to ranks")
     attached.detach()

@@ -224,6 +224,20 @@ class Config:
 
 
 @dataclass
+class QuestionsConfig:
+    """`path`: a JSONL file, a question on each line; None: they are typed."""
+
+    path: str | None = None
+
+
+@dataclass
+class AskConfig(Config):
+    """Everything that a run of many questions about one document needs."""
+
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+
+
+@dataclass
 class CompareConfig:
     """What exact and star are compared by, beside the answers."""
 

@@ -87,7 +87,7 @@ class LongContext:
         if files.scaling != config.rope.asked_scaling:
             why = "these model files have another: find_model(config.model, config.rope)"
             raise UserError("rope.scaling", config.rope.scaling, why)
-        self.config, self.files, self._ranks = config, files, ranks
+        self.config, self.files, self.ranks = config, files, ranks
         first = ranks.transports[0]
         dtype, why_dtype = choose_dtype(config.model, files.config, first.device)
         choice = choose_kernel(config, files, first.device)
@@ -249,7 +249,7 @@ class LongContext:
             ]
             return shards, metrics, max(took)
 
-        by_rank, (metrics, *_), (took, *_) = zip(*self._ranks.run(encode), strict=True)
+        by_rank, (metrics, *_), (took, *_) = zip(*self.ranks.run(encode), strict=True)
         return [
             Document(document, chosen, took / 1e9, figures, list(shards), self)
             for document, figures, shards in zip(
@@ -306,7 +306,7 @@ class LongContext:
                 metrics=metrics,
             )
 
-        return self._ranks.run(answer)[0]
+        return self.ranks.run(answer)[0]
 
     def score(self, document: Document, ids: Sequence[int], last: int = 1) -> torch.Tensor:
         """What the model expects after each of the last `last` of `ids`, read after a document.
@@ -326,7 +326,7 @@ class LongContext:
         def score(transport: Transport) -> torch.Tensor:
             return self._engines[transport.rank].score(shards[transport.rank], ids, last)
 
-        return self._ranks.run(score)[0].cpu()
+        return self.ranks.run(score)[0].cpu()
 
     def save(self, document: Document, folder: str) -> None:
         """Write an encoded document to a folder, whole or not at all.
@@ -346,7 +346,7 @@ class LongContext:
             path = Path(folder).expanduser()
             return write_shards(transport, shards[transport.rank], document.ids, path, facts)
 
-        wrong = self._ranks.run(save)[0]
+        wrong = self.ranks.run(save)[0]
         if wrong is not None:
             raise UserError("document.save", folder, wrong)
         self._say(f"document of {document.tokens:,} tokens saved to {folder}")
@@ -374,7 +374,7 @@ class LongContext:
             (took,) = gather_integers(transport, [round((time.perf_counter() - started) * 1e9)])
             return shard, (gather_metrics(transport, shard.cache.nbytes, 0), max(took)), wrong
 
-        shards, (figures, *_), (wrong, *_) = zip(*self._ranks.run(load), strict=True)
+        shards, (figures, *_), (wrong, *_) = zip(*self.ranks.run(load), strict=True)
         if wrong is not None:
             raise UserError("document.load", folder, wrong)
         metrics, took = figures
@@ -413,7 +413,7 @@ class LongContext:
         """What each rank of this process holds of a document."""
         if document.owner is not self:
             raise UserError("document", None, "was encoded by another LongContext: encode it here")
-        pairs = zip(self._ranks.transports, document.shards, strict=True)
+        pairs = zip(self.ranks.transports, document.shards, strict=True)
         return {transport.rank: shard for transport, shard in pairs}
 
     def _check_question(self, document: Document, query: int, new: int = 0) -> None:
@@ -430,7 +430,7 @@ class LongContext:
 
     def close(self) -> None:
         """Leave the group of ranks; the last call."""
-        for transport in self._ranks.transports:
+        for transport in self.ranks.transports:
             transport.close()
 
     def _say(self, *lines: str) -> None:

@@ -82,6 +82,8 @@ class ThreadWorld:
                 worker.daemon = True
                 worker.start()
             self._join()
+            # threads to come start with what the last thread set, and are not all ours
+            torch.set_num_threads(torch.get_num_threads())
             if self.failure is not None:
                 raise self.failure
             return results

@@ -18,7 +18,16 @@ from pathlib import Path
 import pytest
 
 from launch import faults, generate
-from launch.options import COMPARE, GENERATE, GROUPS, every_option, parse, parse_comparison
+from launch.options import (
+    ASK,
+    COMPARE,
+    GENERATE,
+    GROUPS,
+    every_option,
+    parse,
+    parse_comparison,
+    parse_questions,
+)
 from ringattn import Costs, ExtendPlan
 from ringstar import LongContext
 from ringstar.models import FAMILIES
@@ -37,7 +46,10 @@ COMMANDS = [
     for page in PAGES
     for line in re.findall(r"^(?:python|torchrun) .*-m launch.*$", page.read_text(), re.MULTILINE)
 ]
-PARSERS = {"launch.compare": (COMPARE, parse_comparison)}
+PARSERS = {
+    "launch.ask": (ASK, parse_questions),
+    "launch.compare": (COMPARE, parse_comparison),
+}
 BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     for page in (README, ROOT / "docs/python.md")
@@ -73,8 +85,9 @@ def test_commands_name_what_exists(page, line):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page):
-    known = {*every_option(), *every_option(COMPARE), *GROUPS}
-    sections = "|".join({key.partition(".")[0] for key in known if "." in key})
+    known = {*every_option(), *every_option(ASK), *every_option(COMPARE), *GROUPS}
+    # a comparison's JSON has a list of that name too
+    sections = "|".join({key.partition(".")[0] for key in known if "." in key} - {"questions"})
     for key in re.findall(rf"`((?:{sections})\.\w+)(?:=[^`]*)?`", page.read_text()):
         assert key in known or (ROOT / key.replace(".", "/", 1)).with_suffix(".py").exists(), key
 
@@ -132,7 +145,7 @@ def test_bytes_are_those_of_the_table():
         document = ring.encode(random_ids(share * world))
         kv = 2 * share * kv_heads * dim * size
         assert document.metrics.kv_bytes == [layers * kv] * world
-        counters = [transport.counters for transport in ring._ranks.transports]
+        counters = [transport.counters for transport in ring.ranks.transports]
         sent = [counter.bytes_sent for counter in counters]
         hops = [1, 2, 3, 0] if layout == "contiguous" else [world - 1] * world
         assert sent == [layers * hop * kv for hop in hops]

@@ -79,22 +79,23 @@ class BoundModel:
 
 def bind(model: Any, *, ff_slice_tokens: int, rope_precision: str = "float32") -> BoundModel:
     """Hook a model, whichever attention it was loaded with."""
-    decoder, undo = model.get_decoder(), ExitStack()
+    decoder = model.get_decoder()
     rotary = Rotary(decoder.rotary_emb, decoder.config, rope_precision)
-    before = model.config._attn_implementation
-    if before != NAME:
-        model.set_attn_implementation(NAME)
-        undo.callback(model.set_attn_implementation, before)
-    undo.callback(setattr, decoder, "rotary_emb", decoder.rotary_emb)
-    decoder.rotary_emb = _FromContext()
-    for index, layer in enumerate(decoder.layers):
-        kind = None if rotary.kinds == (None,) else decoder.config.layer_types[index]
-        hook = layer.register_forward_pre_hook(
-            partial(_give_position_embeddings, kind=kind), with_kwargs=True
-        )
-        undo.callback(hook.remove)
-        put(undo, layer.mlp, "forward", sliced(layer.mlp.forward, ff_slice_tokens))
-    return BoundModel(model.eval(), model.config, rotary, model.forward, undo)
+    with ExitStack() as undo:  # whatever goes wrong, a user's model is what it was
+        before = model.config._attn_implementation
+        if before != NAME:
+            undo.callback(model.set_attn_implementation, before)
+            model.set_attn_implementation(NAME)
+        undo.callback(setattr, decoder, "rotary_emb", decoder.rotary_emb)
+        decoder.rotary_emb = _FromContext()
+        for index, layer in enumerate(decoder.layers):
+            kind = None if rotary.kinds == (None,) else decoder.config.layer_types[index]
+            hook = layer.register_forward_pre_hook(
+                partial(_give_position_embeddings, kind=kind), with_kwargs=True
+            )
+            undo.callback(hook.remove)
+            put(undo, layer.mlp, "forward", sliced(layer.mlp.forward, ff_slice_tokens))
+        return BoundModel(model.eval(), model.config, rotary, model.forward, undo.pop_all())
 
 
 def put(undo: ExitStack, module: nn.Module, name: str, method: Callable[..., Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringstar.models.families import rope_types
+from ringstar.models.families import BY_LENGTH, rope_types
 
 # their layers take the window whatever `layer_types` says
 _ALL_SLIDE = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")
@@ -32,6 +32,11 @@ class ModelFacts:
         kinds = getattr(self.config, "layer_types", None)
         slides = self.config.model_type in _ALL_SLIDE or not kinds or "sliding_attention" in kinds
         return getattr(self.config, "sliding_window", None) if slides else None
+
+    @property
+    def rope_by_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of the text."""
+        return not BY_LENGTH.isdisjoint(rope_types(self.config))
 
     @property
     def rope_jumps_after(self) -> int | None:

@@ -48,6 +48,8 @@ _REASONS = {
     "zamba2": _RECURRENT,
 }
 
+# rope whose frequencies depend on the length of the text
+BY_LENGTH = {"dynamic", "longrope"}
 ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
@@ -61,6 +63,10 @@ def check_family(path: str, config: Any, key: str = "model.path") -> None:
     named = getattr(config, "architectures", None) or [FAMILIES[kind]]
     if FAMILIES[kind] not in named:
         raise UserError(key, path, f"holds {', '.join(named)}; a {FAMILIES[kind]} is needed")
+    for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+        if bool(getattr(config, name, causal)) is not causal:
+            why = f"config.{name}={not causal}: its tokens see later ones; allowed: {causal}"
+            raise UserError(key, path, why)
     for rope in rope_types(config):
         if rope not in ROPE:
             allowed = ", ".join(ROPE)

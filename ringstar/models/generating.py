@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,9 +25,15 @@ _ARGUMENTS = {
     "inputs_embeds": "ranks deal token ids; allowed: input_ids",
     "negative_prompt_ids": "guidance reads every text twice; allowed: none",
 }
+# what stopping criteria were made from; transformers hands it on, and no model reads it
+_FOR_STOPPING = ("tokenizer", "assistant_tokenizer")
 # settings of a GenerationConfig and the values that they may have
 _SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "cache_implementation": ((None, "dynamic"), "KV is sharded over ranks; allowed: none"),
+    # the last is what transformers itself takes for none
+    "cache_implementation": (
+        (None, "dynamic", "hybrid"),
+        "KV is sharded; allowed: none",
+    ),
     "guidance_scale": ((None, 1, 1.0), "guidance reads every text twice; allowed: none"),
     "output_attentions": ((None, False), "weights of attention are never made; allowed: false"),
     "output_hidden_states": (
@@ -59,16 +66,23 @@ def check_generation(
     if settings.max_time is not None and clocks > 1:
         why = "the clocks of ranks differ, so that one would stop before another; allowed: none"
         raise UserError("max_time", settings.max_time, why)
-    if given.get("past_key_values") is None and settings.use_cache is not False:
-        return {**kwargs, "past_key_values": ShardedPast()}
-    return kwargs
+    kwargs = {**kwargs, "cache_implementation": None}
+    if given.get("past_key_values") is not None:
+        if settings.use_cache is False:
+            raise UserError("use_cache", False, "past_key_values were given; allowed: one of them")
+        return kwargs
+    return kwargs if settings.use_cache is False else {**kwargs, "past_key_values": ShardedPast()}
 
 
 def _settings(model: Any, given: dict[str, Any]) -> Any:
-    """The GenerationConfig that a call will have: the one given or the model's, and keywords."""
-    merged = GenerationConfig(**model.generation_config.to_dict())
-    if given.get("generation_config") is not None:
-        merged.update(**given["generation_config"].to_dict())
+    """The GenerationConfig that a call will have, by transformers' own order.
+
+    First what is given by keyword, then a config that is given, then the model's.
+    """
+    merged = copy.deepcopy(given.get("generation_config")) or GenerationConfig()
+    for name, value in model.generation_config.to_dict().items():
+        if getattr(merged, name, None) is None:
+            setattr(merged, name, value)
     merged.update(**{key: given[key] for key in given if key != "generation_config"})
     return merged
 
@@ -76,14 +90,17 @@ def _settings(model: Any, given: dict[str, Any]) -> Any:
 def check_call(arguments: dict[str, Any]) -> None:
     """Raise UserError for what a forward pass over ranks has no answer to."""
     for name, value in arguments.items():
-        if value is None or value is False:
+        if value is None or value is False or name in _FOR_STOPPING:
             continue
         why = _ARGUMENTS.get(name) or "a model that is spread over ranks does not take it"
         raise UserError(name, type(value).__name__, why)
 
 
-def sharded_past(past: Any) -> ShardedPast:
-    """The past that a call brings, or a new one; UserError for one that is not sharded."""
+def sharded_past(past: Any, ranks: Sequence[int], world: int) -> ShardedPast:
+    """The past that a call brings, or a new one; UserError for one that these ranks did not make.
+
+    `ranks` are those of this process, of `world` in all.
+    """
     if past is None:
         return ShardedPast()
     if not isinstance(past, ShardedPast):
@@ -92,6 +109,13 @@ def sharded_past(past: Any) -> ShardedPast:
             " past_key_values that the model returned"
         )
         raise UserError("past_key_values", type(past).__name__, why)
+    if not past.whole:
+        why = "a call that extended it was interrupted; reset() empties it"
+        raise UserError("past_key_values", "unfinished", why)
+    made_by = {len(shard.owned) for shards in past.shards.values() for shard in shards}
+    if past.shards and (made_by != {world} or past.shards.keys() != set(ranks)):
+        why = f"was made by {max(made_by)} ranks, and these are {world}"
+        raise UserError("past_key_values", "of other ranks", why)
     return past
 
 
@@ -102,14 +126,15 @@ def new_tokens(
     past: ShardedPast,
     seen: Sequence[int],
     window: int | None,
+    by_length: bool,
 ) -> list[list[int]]:
     """The new tokens of each text, without those that the mask hides.
 
-    `seen` are the tokens that each text has in `past`, `window` is that of some layer.  Raises
-    UserError for ids, a mask or positions that do not say which texts there are, or hide a text's
-    last token.
+    `seen` are the tokens that each text has in `past`, `window` is that of some layer, and
+    `by_length` says whether rope depends on how long a text is.  Raises UserError for ids, a mask
+    or positions that do not say which texts there are, or hide a text's last token.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.shape[1]:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         raise UserError("input_ids", None, "allowed: token ids (batch, tokens), at least one each")
     batch, tokens = input_ids.shape
     if seen and len(seen) != batch:
@@ -118,6 +143,9 @@ def new_tokens(
     real_BT = _real(mask, batch, tokens, past.columns, starts)
     if not _padded_in_front(mask):
         _check_gaps(positions, window)
+    if by_length and positions is None and not real_BT.all():
+        why = "needed with padding: this model's rope depends on the length of each text"
+        raise UserError("position_ids", None, why)
     _check_positions(positions, real_BT, starts)
     return [row[real].tolist() for row, real in zip(input_ids.cpu(), real_BT, strict=True)]
 
@@ -157,7 +185,7 @@ def _check_positions(positions: Any, real_BT: Tensor, starts: list[int]) -> None
     if positions is None:
         return
     asked = torch.as_tensor(positions).cpu()
-    if asked.shape[-1] != real_BT.shape[1]:
+    if asked.ndim > 2 or asked.shape[-1] != real_BT.shape[1]:
         raise UserError("position_ids", tuple(asked.shape), f"allowed: {tuple(real_BT.shape)}")
     asked = asked.expand(real_BT.shape)
     for row, real, start in zip(asked, real_BT, starts, strict=True):

@@ -24,7 +24,7 @@ def check_attachable(model: Any) -> ModelFacts:
         )
     if is_bound(model):
         raise UserError("model", kind, "is attached already; ringstar.detach(model) first")
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise UserError("model", kind, "is in training mode; call model.eval() first")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:

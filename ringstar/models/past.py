@@ -12,7 +12,8 @@ class ShardedPast(Cache):
 
     transformers asks it only how many tokens there are: attention reads its KV elsewhere.
     `shards[rank]` has one entry for each text; `columns` counts tokens as transformers does, the
-    padding of a batch among them.
+    padding of a batch among them.  `whole` is false while it is being extended, and stays so if
+    that is interrupted.
     """
 
     is_compileable = False
@@ -22,6 +23,7 @@ class ShardedPast(Cache):
         super().__init__(layers=[])
         self.shards: dict[int, list[Any]] = {}
         self.columns = 0
+        self.whole = True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest text, as every layer has them."""
@@ -40,7 +42,7 @@ class ShardedPast(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.shards, self.columns = {}, 0
+        self.shards, self.columns, self.whole = {}, 0, True
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ringstar.errors import UserError
 from ringstar.models.attention import PositionEmbeddings
-from ringstar.models.families import rope_types
+from ringstar.models.families import BY_LENGTH, rope_types
 from ringstar.models.frequencies import Rope
 
 # of the frequency before it was scaled: modules compute the scaling too in float32, and where it
@@ -35,7 +35,7 @@ class Rotary:
     """
 
     def __init__(self, module: nn.Module, config: Any, precision: str = "float32"):
-        self.by_length = not {"dynamic", "longrope"}.isdisjoint(rope_types(config))
+        self.by_length = not BY_LENGTH.isdisjoint(rope_types(config))
         self._module = _as_made(module) if self.by_length else module
         by_kind = "layer_type" in inspect.signature(module.forward).parameters
         self.kinds = tuple(sorted(set(config.layer_types))) if by_kind else (None,)

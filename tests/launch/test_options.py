@@ -11,6 +11,7 @@ import yaml
 from launch import generate
 from launch.help import help_text
 from launch.options import (
+    ASK,
     COMPARE,
     CONFIG_DIR,
     GENERATE,
@@ -67,6 +68,9 @@ OPTIONS = [
 ]
 
 # launch.compare: no strategy, nothing of sampling
+ASK_OPTIONS = sorted(
+    {*OPTIONS, "questions.path"} - {"question", "question_path", "output.first_logits"}
+)
 COMPARE_OPTIONS = sorted(
     {key for key in OPTIONS if not key.startswith("strategy.")}
     - {"document.load", "document.save", "output.first_logits"}
@@ -160,6 +164,11 @@ def test_every_option_of_compare_is_still_there():
     assert COMPARE.groups == ("transport", "kernel", "model", "experiment")
 
 
+def test_every_option_of_ask_is_still_there():
+    assert sorted(every_option(ASK)) == ASK_OPTIONS
+    assert ASK.groups == GROUPS
+
+
 def test_every_choice_is_still_there():
     assert {group: group_options(group) for group in GROUPS} == CHOICES
 
@@ -193,7 +202,9 @@ def test_experiments_hold_deltas_only():
         assert not any("schema" in str(entry) for entry in content.get("defaults", []))
 
 
-@pytest.mark.parametrize(("command", "options"), [(GENERATE, OPTIONS), (COMPARE, COMPARE_OPTIONS)])
+@pytest.mark.parametrize(
+    ("command", "options"), [(GENERATE, OPTIONS), (ASK, ASK_OPTIONS), (COMPARE, COMPARE_OPTIONS)]
+)
 def test_every_option_has_a_help_line(command, options):
     lines = help_text("", command).splitlines()
     for key in {*options, *command.groups} - {"launch.report"}:

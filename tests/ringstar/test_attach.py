@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -463,6 +464,10 @@ REFUSED = {
         {"attention_mask": torch.ones(1, 7)},
         r"position_ids=\(1, 7\): allowed: \(1, 40\)",
     ),
+    "positions of three": (
+        {"position_ids": torch.arange(40).expand(3, 1, 40)},
+        r"position_ids=\(3, 1, 40\): allowed",
+    ),
     "positions": ({"position_ids": torch.arange(3, 43)[None]}, r"position_ids=\[3, 4, .*from 0"),
 }
 
@@ -547,6 +552,9 @@ def tiny(kind=AutoModelForCausalLM, training=False):
         (tiny, {"layout": "spiral"}, r"strategy\.layout=spiral: allowed"),
         (tiny, {"kernel": "fa3"}, r"kernel=fa3: "),
         (tiny, {"query_tokens": 0}, r"query_tokens=0: allowed: 1 or more"),
+        (tiny, {"query_tokens": "3"}, r"query_tokens=3: allowed: 1 or more"),
+        (tiny, {"strategy": None}, r"strategy: allowed: ring, star, dense, or a config of one"),
+        (tiny, {"strategy": "star", "layout": "striped"}, r"layout=striped: is of strategy"),
         (tiny, {"rope_precision": "half"}, r"rope\.precision=half: allowed: auto, float32"),
         (tiny, {"transport": "gloo"}, r"transport=gloo: needs ranks"),
     ],
@@ -576,6 +584,142 @@ def test_star_sizes_that_do_not_fit_are_refused(attached):
     model = attached(tiny_folder("llama"), strategy=strategy, query_tokens=2)
     with pytest.raises(UserError, match=r"strategy\.anchor_size=40"):
         model.generate(prompt(30), max_new_tokens=1, **GREEDY)
+
+
+# --- what a fresh reader of it broke
+
+
+def test_settings_of_the_folder_count_as_they_do_on_one_device(attached):
+    """A config that is given goes before the model's, keywords before both."""
+    folder = tiny_folder("llama", rms_norm_eps=2e-6)  # a model of its own: it is changed
+    ids, given = prompt(30), GenerationConfig(max_new_tokens=5, pad_token_id=0)
+    model = loaded(folder)
+    model.generation_config.repetition_penalty = 1.5
+    model.generation_config.cache_implementation = "hybrid"  # as some folders have it
+    want = model.generate(ids, generation_config=given)
+    attached(folder)
+    assert torch.equal(model.generate(ids, generation_config=given), want)
+    options = {"max_new_tokens": 5, "pad_token_id": 0, "cache_implementation": "dynamic"}
+    assert torch.equal(model.generate(ids, **options), want)
+    model.generation_config.num_beams = 3
+    with pytest.raises(UserError, match="generate=beam_search"):
+        model.generate(ids, generation_config=given)
+    assert torch.equal(model.generate(ids, generation_config=given, num_beams=1), want)
+    model.generation_config.num_beams = None
+    model.generation_config.use_cache = False
+    assert torch.equal(model.generate(ids, generation_config=given), want)
+    with pytest.raises(UserError, match="use_cache=False: past_key_values were given"):
+        model.generate(ids, generation_config=given, past_key_values=ShardedPast())
+
+
+def test_stop_strings(attached):
+    folder, tokenizer = chat_folder(), tiny_tokenizer()
+    ids = tokenizer("The ship left", return_tensors="pt")
+    free = loaded(folder).generate(**ids, max_new_tokens=12, do_sample=False)
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "stop_strings": [tokenizer.decode(free[0, -6])],
+        "tokenizer": tokenizer,
+    }
+    want = loaded(folder).generate(**ids, **options)
+    assert torch.equal(attached(folder).generate(**ids, **options), want)
+
+
+def test_a_past_that_was_interrupted_is_not_used_again(attached):
+    model, ticks = attached(tiny_folder("llama"), chunk_tokens=10), []
+
+    def interrupt(*_):
+        ticks.append(1)
+        if len(ticks) == 3:
+            raise KeyboardInterrupt
+
+    past = model(prompt(30), logits_to_keep=1).past_key_values
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(60), past_key_values=past, logits_to_keep=1)
+    hook.remove()
+    with pytest.raises(UserError, match=r"past_key_values=unfinished: .*reset\(\) empties it"):
+        model(prompt(60), past_key_values=past, logits_to_keep=1)
+    past.reset()
+    again = model(prompt(30), past_key_values=past, logits_to_keep=1).logits
+    assert torch.equal(again, model(prompt(30), logits_to_keep=1).logits)
+
+
+def test_a_past_of_other_ranks_is_refused(attached):
+    folder = tiny_folder("llama")
+    for before, after in ((1, 2), (2, 1), (3, 2)):
+        model = attached(folder, before)
+        past = model(prompt(30), logits_to_keep=1).past_key_values
+        ringstar.detach(model)
+        attached(folder, after)
+        with pytest.raises(UserError, match=f"made by {before} ranks, and these are {after}"):
+            model(prompt(1), past_key_values=past, logits_to_keep=1)
+        ringstar.detach(model)
+
+
+def test_autocast_is_refused(attached):
+    model = attached(tiny_folder("llama"))
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(UserError, match=r"torch\.autocast=torch\.bfloat16: ranks compute in"),
+    ):
+        model.generate(prompt(30), max_new_tokens=1, **GREEDY)
+
+
+def test_padding_needs_positions_where_rope_depends_on_length(attached):
+    model = attached(tiny_folder("llama", **DYNAMIC))
+    _, ids, mask = padded((30, 90))
+    with pytest.raises(UserError, match="position_ids: needed with padding"):
+        model(ids, attention_mask=mask, logits_to_keep=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"is_causal": False}),
+        ("qwen3", {"is_causal": False}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+    ],
+)
+def test_models_whose_tokens_see_later_ones_are_refused(family, changes):
+    folder = tiny_folder(family, **changes)
+    with pytest.raises(UserError, match="its tokens see later ones"):
+        LongContext.from_pretrained(folder)
+    with pytest.raises(UserError, match="its tokens see later ones"):
+        ringstar.attach(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny()
+
+    def fails(*_, **__):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("ringstar.attached.RankEngine", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        ringstar.attach(model, transport="threads", world_size=2)
+    monkeypatch.undo()
+    assert model.config._attn_implementation == "sdpa" and "forward" not in vars(model)
+    ringstar.attach(model, transport="threads", world_size=2)
+    ringstar.detach(model)
+
+
+def test_threads_that_a_script_starts_later_keep_their_thread_count(attached):
+    def count():
+        found = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        attached(tiny_folder("llama")).generate(prompt(30), max_new_tokens=1, **GREEDY)
+        assert count() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- in processes

@@ -62,7 +62,7 @@ def test_text_and_ids_are_checked():
 def test_dense_refuses_ranks_that_are_given():
     with pytest.raises(UserError, match="runs on one rank, not 3"):
         LongContext.from_pretrained(
-            tiny_folder("llama"), strategy="dense", transport=runtime(3)._ranks
+            tiny_folder("llama"), strategy="dense", transport=runtime(3).ranks
         )
 
 

@@ -407,6 +407,6 @@ def test_files_with_another_rope_are_refused():
     config = Config(
         model=ModelConfig(path=tiny_folder("llama")), rope=RopeConfig(scaling="yarn", factor=2.0)
     )
-    ranks = runtime(tiny_folder("llama"))._ranks
+    ranks = runtime(tiny_folder("llama")).ranks
     with pytest.raises(UserError, match=r"rope\.scaling=yarn: these model files have another"):
         LongContext(config, find_model(config.model), ranks, "as given")

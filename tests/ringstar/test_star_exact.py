@@ -521,7 +521,7 @@ Counts = list[tuple[int, Counter]]
 
 
 def counters(ours: LongContext) -> Counts:
-    held = [transport.counters for transport in ours._ranks.transports]
+    held = [transport.counters for transport in ours.ranks.transports]
     return [(counters.bytes_sent, Counter(counters.calls)) for counters in held]
 
 

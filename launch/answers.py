@@ -1,0 +1,98 @@
+"""Answers as JSON lines: each is on the disk before the next is begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from launch.outputs import config_path, resolved_config, write_file
+from launch.questions import RESULT_FIELDS, Question
+from ringstar.answers import Answer
+from ringstar.config import AskConfig
+from ringstar.errors import UserError
+
+# sections of the config that answers depend on
+_DECIDES = ("model", "rope", "strategy", "document", "generation")
+
+
+def answered(config: AskConfig, questions: Sequence[Question]) -> int:
+    """How many of the questions `output.path` answers already; UserError if it is about others."""
+    path = config.output.path
+    if path is None or not Path(path).expanduser().exists():
+        return 0
+    lines = _whole_lines(Path(path).expanduser())
+    for number, (text, question) in enumerate(zip(lines, questions, strict=False), 1):
+        if not _answers(text, question):
+            why = (
+                "answers another question; allowed: what an earlier run of these wrote, or no file"
+            )
+            raise UserError("output.path", f"{path}:{number}", why)
+    if len(lines) > len(questions):
+        why = f"has {len(lines)} answers to {len(questions)} questions"
+        raise UserError("output.path", path, why)
+    if lines:
+        _check_config(config, path)
+    return len(lines)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """A run that was killed may have left half a line."""
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return whole.decode("utf-8", "replace").splitlines() if whole else []
+
+
+def _answers(text: str, question: Question) -> bool:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return False
+    kept = {key: value for key, value in line.items() if key not in RESULT_FIELDS}
+    return kept == question.line
+
+
+def _check_config(config: AskConfig, path: str) -> None:
+    """Raise UserError if the answers that are there were made with other settings."""
+    beside = config_path(path)
+    try:
+        before = yaml.safe_load(beside.read_text())
+        changed = [name for name in _DECIDES if before[name] != asdict(config)[name]]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        changed = [beside.name]
+    if changed:
+        why = f"was begun with another {changed[0]} ({beside.name}); give another output.path"
+        raise UserError("output.path", path, why)
+
+
+class AnswerLog:
+    """Where answers go: `output.path`, or standard output; rank 0 has one."""
+
+    def __init__(self, config: AskConfig, done: int = 0):
+        self._file: BinaryIO | None = None
+        path = config.output.path
+        if path is None:
+            return
+        target = Path(path).expanduser()
+        kept = "".join(f"{line}\n" for line in _whole_lines(target)) if target.exists() else ""
+        write_file("output.path", config_path(path), resolved_config(config))
+        self._file = target.open("ab")
+        self._file.truncate(len(kept.encode()))
+
+    def add(self, line: dict[str, Any], answer: Answer) -> None:
+        """One more answer, on the disk when this returns."""
+        fields = {name: getattr(answer, name, None) for name in RESULT_FIELDS}
+        fields |= {"answer": answer.text, "answer_ids": answer.ids}
+        text = json.dumps({**line, **fields}, ensure_ascii=False) + "\n"
+        if self._file is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        self._file.write(text.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())

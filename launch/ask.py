@@ -1,0 +1,134 @@
+"""Ask many questions about one long document: encode or load it once, then ask.
+
+    python -m launch.ask launch.nproc=4 model.path=DIR document.path=book.txt \\
+        questions.path=questions.jsonl output.path=answers.jsonl
+    python -m launch.ask model.path=DIR document.load=book.kv       # type questions, or pipe them
+    python -m launch.ask transport=threads transport.world_size=2 model=smollm2 ...
+
+questions.path has one JSON object on each line: {"question": "..."} or {"query_ids": [...]}, with
+any other fields, which come back.  Answers are written in the same order, one line each, as soon as
+each is there; a run that was stopped goes on where it was when it is started again.
+Without questions.path every line of standard input is a question; its answer is streamed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is quiet meanwhile too
+    # a rank waits in native code, where Python would not hear it
+    _quiet = signal.SIG_DFL if "RANK" in os.environ else lambda *_: os._exit(130)
+    signal.signal(signal.SIGINT, _quiet)
+
+import io
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from launch.answers import AnswerLog, answered
+from launch.faults import DONE, leave
+from launch.generate import check_document_request, encoded_document, print_piece, show_choices
+from launch.help import help_text
+from launch.inputs import STDIN, Request, check_one_reader, read_context
+from launch.options import ASK, parse_questions
+from launch.questions import Question, read_questions, typed_lines
+from launch.start import RankCommand
+from ringstar.config import AskConfig
+from ringstar.errors import UserError
+from ringstar.exchange import text_of_rank_0
+from ringstar.models import ModelFiles
+from ringstar.ranks import check_ranks, make_ranks, under_torchrun, world_size_of
+from ringstar.runtime import Document, LongContext
+
+log = logging.getLogger("ringstar")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, start ranks if asked to, answer; returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(__doc__ or "", ASK))
+        return DONE
+    return RankCommand("launch.ask", parse_questions, check_request, run_rank).main(arguments)
+
+
+def check_request(config: AskConfig) -> tuple[ModelFiles, Request, list[Question]]:
+    """All that can be found wrong before ranks start and weights load."""
+    check_one_reader(config)
+    if config.questions.path is None and config.document.path == STDIN:
+        raise UserError("questions.path", None, "needed: standard input is the document")
+    files = check_document_request(config)
+    context = read_context(config, files)
+    questions: list[Question] = []
+    if config.questions.path is not None:
+        world = config.launch.nproc or world_size_of(config.transport)
+        questions = read_questions(config, files, len(context), world)
+        answered(config, questions)
+    longest = max((len(question.ids) for question in questions), default=0)
+    return files, Request(context, [0] * longest), questions
+
+
+def run_rank(config: AskConfig, phases: Any) -> None:
+    """What every rank does: connect, encode or load, answer; rank 0 reads and writes."""
+    show_choices()
+    check_ranks(config)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that it cannot show ends no run
+    files, request, questions = check_request(config)
+    ranks, why = make_ranks(config.transport, phases)
+    runtime = LongContext(config, files, ranks, why)
+    document = encoded_document(config, runtime, request)
+    if config.questions.path is not None:
+        _answer_file(config, runtime, document, questions)
+    else:
+        _answer_typed(config, runtime, document)
+    runtime.close()
+
+
+def _answer_file(
+    config: AskConfig, runtime: LongContext, document: Document, questions: list[Question]
+) -> None:
+    first = runtime.rank == 0
+    done = int(_of_rank_0(runtime, str(answered(config, questions))) or 0)
+    if first and done:
+        log.info(f"{done} of {len(questions)} questions are answered in {config.output.path}")
+    answers = AnswerLog(config) if first else None
+    shown = first and sys.stderr.isatty() and config.output.path is not None
+    left = questions[done:]
+    for question in tqdm(left, "questions", disable=not shown, leave=False):
+        answer = runtime.ask(document, question.ids)
+        if answers is not None:
+            answers.add(question.line, answer)
+
+
+def _answer_typed(config: AskConfig, runtime: LongContext, document: Document) -> None:
+    """Until the end of standard input; every rank hears the same."""
+    answers = AnswerLog(config) if runtime.rank == 0 and config.output.path is not None else None
+    lines = typed_lines(config.transport.timeout_s) if runtime.rank == 0 else iter(())
+    while (question := _of_rank_0(runtime, next(lines, None))) is not None:
+        if not question.strip():
+            continue
+        try:
+            answer = runtime.ask(document, question, on_text=print_piece)
+        except UserError as error:
+            log.info(str(error))  # the same on every rank, before any has begun
+            continue
+        if runtime.rank == 0:
+            print_piece("\n" if runtime.files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
+        if answers is not None:
+            answers.add({"question": question}, answer)
+
+
+def _of_rank_0(runtime: LongContext, text: str | None) -> str | None:
+    return runtime.ranks.run(lambda transport: text_of_rank_0(transport, text))[0]
+
+
+if __name__ == "__main__":
+    if not under_torchrun():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_grad_enabled(False)
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,105 @@
+"""Questions about one document: a JSONL file, or lines that somebody types."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launch.inputs import is_ids, read_text
+from ringstar.config import AskConfig
+from ringstar.errors import UserError
+from ringstar.models import ModelFiles
+from ringstar.runtime import check_fits, check_ids
+
+_FORM = '{"question": "..."} or {"query_ids": [...]}, and whatever else, one on each line'
+# what an answer adds to the line of its question
+RESULT_FIELDS = (
+    "answer",
+    "answer_ids",
+    "finish_reason",
+    "query_tokens",
+    "ttft_s",
+    "tpot_s",
+)
+# ranks that wait are told so before their patience ends
+_IDLE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A line of the file, and the token ids of what it asks."""
+
+    line: dict[str, Any]
+    ids: list[int]
+
+
+def read_questions(
+    config: AskConfig, files: ModelFiles, context_tokens: int, world: int
+) -> list[Question]:
+    """Every question of `questions.path`, checked; UserError names the line."""
+    path = config.questions.path or ""
+    questions = []
+    for number, text in enumerate(read_text("questions.path", path).splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            questions.append(_question(text, files))
+            size, new = len(questions[-1].ids), config.generation.max_new_tokens
+            check_fits(config, files, world, context_tokens, size, new)
+        except UserError as error:
+            raise UserError("questions.path", f"{path}:{number}", str(error)) from error
+    return questions
+
+
+def _question(text: str, files: ModelFiles) -> Question:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("line", None, f"is not JSON ({error}); needed: {_FORM}") from error
+    if not isinstance(line, dict) or ("question" in line) == ("query_ids" in line):
+        raise UserError("line", None, f"needed: {_FORM}")
+    taken = [name for name in RESULT_FIELDS if name in line]
+    if taken:
+        raise UserError(taken[0], None, "is what the answer will be called; rename it")
+    if "query_ids" in line:
+        if not is_ids(line["query_ids"]):
+            raise UserError("query_ids", None, f"needed: {_FORM}")
+        ids = line["query_ids"]
+    else:
+        if not isinstance(line["question"], str) or not line["question"].strip():
+            raise UserError("question", None, "is empty, or not text")
+        ids = files.query_ids(line["question"])
+    check_ids("question", ids, files.vocab_size)
+    return Question(line, ids)
+
+
+def typed_lines(patience_s: float) -> Iterator[str]:
+    """What is typed, line by line; an empty one now and then while nobody types."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=min(_IDLE_S, patience_s / 3))
+        except queue.Empty:
+            yield ""
+            continue
+        if line is None:
+            return
+        yield line
+
+
+def _read_lines(lines: queue.Queue[str | None]) -> None:
+    """`input()` edits lines and remembers them, and cannot be interrupted: so, in a thread."""
+    asks = "? " if sys.stdin.isatty() else ""
+    if asks:
+        import readline  # noqa: F401 - gives input() its editing
+    try:
+        while True:
+            lines.put(input(asks))
+    except (EOFError, OSError, ValueError):
+        lines.put(None)

@@ -1,0 +1,234 @@
+"""python -m pytest tests/launch/test_ask.py
+
+Many questions about one document: from a file, in order and resumable; or typed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.ask import main
+from launch.generate import main as generate
+from launch.questions import RESULT_FIELDS
+from ringstar.exchange import text_of_rank_0
+from tests.support.ranks import in_processes, in_threads
+
+THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
+QUESTIONS = [
+    {"question": "Who left?", "id": 7},
+    {"gold": "Aurora", "question": "What's the ship's \"name\"? 船"},
+    {"query_ids": [5, 6, 7], "tags": ["a", None]},
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def asked(tmp_path, chat, book):
+    """The arguments of a run, and where its answers go."""
+    path = tmp_path / "questions, 1.jsonl"
+    path.write_text("\n\n".join(json.dumps(line) for line in QUESTIONS))
+    out = tmp_path / "answers =1.jsonl"
+    given = [f"model.path={chat}", f"document.path={book}", f"questions.path={path}"]
+    return [*given, f"output.path={out}", "generation.max_new_tokens=8"], out
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments, status=0):
+        got = main(list(arguments))
+        out, err = capsys.readouterr()
+        assert got == status, err
+        return out, err
+
+    return run
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_come_in_order_with_what_the_lines_had(run, asked, capsys, tmp_path, chat, book):
+    arguments, path = asked
+    run(*arguments, *THREADS)
+    answers = lines_of(path)
+    for line, answer in zip(QUESTIONS, answers, strict=True):
+        assert {key: answer[key] for key in line} == line
+        assert list(answer)[len(line) :] == list(RESULT_FIELDS)
+        assert answer["ttft_s"] > 0 and answer["finish_reason"] in ("stop", "length")
+    single = tmp_path / "single.json"
+    one = [f"model.path={chat}", f"document.path={book}", f"output.path={single}", *THREADS]
+    generate([*one, "question=Who left?", "generation.max_new_tokens=8"])
+    assert json.loads(single.read_text())["answer_ids"] == answers[0]["answer_ids"]
+
+
+def test_a_run_goes_on_where_it_was(run, asked):
+    arguments, path = asked
+    run(*arguments, *THREADS)
+    whole = path.read_text()
+    first, second, _ = whole.splitlines(keepends=True)
+    path.write_text(first + second + '{"question": "Wh')  # killed in the middle of a line
+    _, err = run(*arguments, *THREADS)
+    assert f"2 of 3 questions are answered in {path}" in err
+    assert path.read_text().startswith(first + second)
+    assert [a["answer_ids"] for a in lines_of(path)] == [
+        json.loads(line)["answer_ids"] for line in whole.splitlines()
+    ]
+    done = path.read_text()
+    run(*arguments, *THREADS)
+    assert path.read_text() == done
+
+
+def test_without_a_file_answers_go_to_standard_output(run, asked):
+    arguments, _ = asked
+    kept = [argument for argument in arguments if not argument.startswith("output")]
+    out, _ = run(*kept, *THREADS)
+    assert [json.loads(line).get("id") for line in out.splitlines()] == [7, None, None]
+
+
+@pytest.mark.slow
+def test_processes_answer_alike_and_from_a_saved_document(run, asked, tmp_path, book):
+    arguments, path = asked
+    run(*arguments, *THREADS, f"document.save={tmp_path / 'kv'}")
+    want = [answer["answer_ids"] for answer in lines_of(path)]
+    path.unlink()
+    loading = [argument for argument in arguments if argument != f"document.path={book}"]
+    run(*loading, f"document.load={tmp_path / 'kv'}", "launch.nproc=3")
+    assert [answer["answer_ids"] for answer in lines_of(path)] == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [["launch.nproc=2"], THREADS])
+def test_typed_questions_are_answered_until_the_end(start, asked):
+    arguments, path = asked
+    kept = [argument for argument in arguments if not argument.startswith("questions")]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.ask", *kept, *start],
+        input=f"Who left?\n\n{'x ' * 5000}\nWhat name?",
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+    )
+    assert done.returncode == 0, done.stderr
+    answers = lines_of(path)
+    assert [answer["question"] for answer in answers] == ["Who left?", "What name?"]
+    assert done.stdout == "".join(f"{answer['answer']}\n" for answer in answers)
+    assert "the model's limit is 4096" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_was_answered_survives_kill_9(asked, chat, book, tmp_path):
+    """Killed now and then, started again: in the end every question has one answer."""
+    arguments, path = asked
+    questions = [{"question": f"Who left {number}?"} for number in range(60)]
+    file = tmp_path / "many.jsonl"
+    file.write_text("\n".join(map(json.dumps, questions)))
+    given = [argument for argument in arguments if not argument.startswith("questions")]
+    command = [sys.executable, "-m", "launch.ask", *given, f"questions.path={file}", *THREADS]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    seen = ""
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        stop = time.monotonic() + 120
+        goal = len(seen.splitlines()) + 5
+        while time.monotonic() < stop and process.poll() is None:
+            if path.exists() and path.read_text().count("\n") >= goal:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = path.read_text()
+        assert now.startswith(seen)
+        seen = now[: now.rindex("\n") + 1]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    assert path.read_text().startswith(seen)
+    assert [{"question": answer["question"]} for answer in lines_of(path)] == questions
+
+
+def test_a_text_reaches_every_rank():
+    for runner in (in_threads, in_processes):
+        assert runner(3, _shared) == [["", "Who left? 船", None]] * 3
+
+
+def _shared(transport):
+    mine = transport.rank == 0
+    texts = ["", "Who left? 船", None]
+    return [text_of_rank_0(transport, text if mine else "other") for text in texts]
+
+
+# --- refused
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{", "is not JSON"),
+        ("[]", 'needed: {"question": "..."}'),
+        ("{}", 'needed: {"question": "..."}'),
+        ('{"question": "a", "query_ids": [1]}', 'needed: {"question": "..."}'),
+        ('{"question": 5}', "question: is empty, or not text"),
+        ('{"question": " "}', "question: is empty, or not text"),
+        ('{"query_ids": ["a"]}', "query_ids: needed"),
+        ('{"query_ids": [100000]}', "question=100000: token ids must be"),
+        ('{"question": "a", "answer": "b"}', "answer: is what the answer will be called"),
+        ('{"question": "%s"}' % ("x " * 5000), "the model's limit is 4096"),
+    ],
+)
+def test_wrong_lines_are_named_before_weights_load(line, why, asked, run, monkeypatch):
+    monkeypatch.setattr("ringstar.models.ModelFiles.load", _touched)
+    arguments, _ = asked
+    file = Path(arguments[2].partition("=")[2])
+    file.write_text(f'{{"question": "good"}}\n\n{line}\n')
+    _, err = run(*arguments, *THREADS, status=2)
+    assert f"questions.path={file}:3" in err and why in err and len(err.splitlines()) == 1
+
+
+def _touched(*_, **__):
+    raise AssertionError("went on after wrong input")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["question=a"], "question=a: questions.path has questions"),
+        (["output.first_logits=a"], "output.first_logits=a: launch.generate writes those"),
+        (["document.load=/none"], "given: document.path and document.load"),
+        (["questions.path=/none"], "questions.path=/none: is given twice"),
+    ],
+)
+def test_wrong_options(more, why, asked, run, monkeypatch):
+    monkeypatch.setattr("ringstar.models.ModelFiles.load", _touched)
+    _, err = run(*asked[0], *more, *THREADS, status=2)
+    assert why in err and len(err.splitlines()) == 1
+
+
+def test_standard_input_is_read_once(asked, run, book):
+    arguments = [a for a in asked[0] if not a.startswith(("questions", "document"))]
+    _, err = run(*arguments, "document.path=-", *THREADS, status=2)
+    assert "questions.path: needed: standard input is the document" in err
+    _, err = run(*arguments, "document.path=-", "questions.path=-", *THREADS, status=2)
+    assert "standard input is the document already" in err
+
+
+def test_answers_to_something_else_are_left_alone(run, asked):
+    arguments, path = asked
+    path.write_text('{"question": "Another?", "answer": ""}\n')
+    _, err = run(*arguments, *THREADS, status=2)
+    assert f"output.path={path}:1: answers another question" in err
+    path.unlink()
+    run(*arguments, *THREADS)
+    before = path.read_text()
+    changed = [a for a in arguments if not a.startswith("generation")]
+    _, err = run(*changed, "generation.max_new_tokens=9", *THREADS, status=2)
+    assert "was begun with another generation (answers =1.config.yaml)" in err
+    questions = Path(arguments[2].partition("=")[2])
+    questions.write_text(json.dumps(QUESTIONS[0]))
+    _, err = run(*arguments, *THREADS, status=2)
+    assert "has 3 answers to 1 questions" in err
+    assert path.read_text() == before
