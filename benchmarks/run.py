@@ -1,6 +1,6 @@
 """CPU benchmarks, as ratios in one run.
 
-    python -m benchmarks.run [attention] [encode] [decode] [star]
+    python -m benchmarks.run [attention] [encode] [decode] [star] [documents]
 
 Prints a table and writes `benchmarks/results/DATE-cpu.json` and `.md`, with the names behind
 `cpu` if some are given.  Takes about 25 minutes on two cores for all.  Leave the machine alone
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, model, star
+from benchmarks import attention, documents, model, star
 from benchmarks.measure import circumstances
 from ringstar.config import ModelConfig
 from ringstar.models import find_model, quiet_transformers
@@ -32,6 +32,7 @@ def main(names: list[str]) -> None:
         "decode": lambda: model.decode(folder, "float32", TOKENS, (2, 4)),
         "encode": lambda: model.encode(folder, "float32", TOKENS, (2, 4)),
         "star": lambda: star.run(folder),
+        "documents": lambda: documents.run(folder),
     }
     command = " ".join(["python", "-m", "benchmarks.run", *names])
     results: dict[str, Any] = {"circumstances": circumstances(command)}

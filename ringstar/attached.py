@@ -73,6 +73,7 @@ class Attached:
             self._ranks, why, self._made = ranks, "as given", False
         first = self._ranks.transports[0]
         self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
+        self._said: set[str] = set()
         self._on_progress = on_progress if on_progress and self.rank == 0 else lambda _: None
         self._undo = ExitStack()
         try:
@@ -233,7 +234,9 @@ class Attached:
 
     def _say(self, *lines: str) -> None:
         for line in lines if self.rank == 0 else ():
-            log.info(line)
+            if line not in self._said:
+                log.info(line)
+            self._said.add(line)
 
 
 def _in_place_of(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,13 +29,17 @@ class PromptFormat:
 
     def query_ids(self, tokenizer: Any, question: str) -> list[int]:
         """Token ids of everything from the end of the document to where the answer begins."""
-        text = SEPARATOR + question + self.after_question
-        # behind a letter, because some tokenizers put a space before what begins a text
-        before = tokenizer.encode("a", add_special_tokens=False)
-        whole = tokenizer.encode("a" + text, add_special_tokens=False)
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
-        return tokenizer.encode(text, add_special_tokens=False)
+        return continuing_ids(tokenizer, SEPARATOR + question + self.after_question)
+
+
+def continuing_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that follows another."""
+    # behind a letter, because some tokenizers put a space before what begins a text
+    before = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a" + text, add_special_tokens=False)
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def prompt_format(tokenizer: Any) -> PromptFormat:

@@ -257,6 +257,50 @@ class LongContext:
             )
         ]
 
+    def append(
+        self, document: Document, more: Text, on_progress: OnProgress | None = None
+    ) -> Document:
+        """Encode what follows a document, given as text or as token ids, and only that.
+
+        Exact, as if all had been encoded at once.  The KV of `document` becomes part of what this
+        returns: `document` itself is used up.
+
+        Raises:
+            UserError: it was encoded by star, there is nothing to append, the whole is too long, or
+                its rope depends on the length of the text.
+        """
+        if isinstance(document.strategy, StarConfig):
+            why = "its blocks are parts of a whole document; encode that anew, or use ring"
+            raise UserError("document.strategy", "star", why)
+        shards = self._shards(document)
+        ids = token_ids("more", more, self.files.more_ids, self.files.vocab_size)
+        config, total = replace(self.config, strategy=document.strategy), document.tokens + len(ids)
+        check_fits(config, self.files, self.world_size, total)
+        self._check_rope(document, total, "encode the whole anew")
+        document.shards.clear()
+        quiet: OnProgress = lambda _: None  # noqa: E731
+
+        def append(transport: Transport) -> tuple[RankMetrics, int]:
+            transport.check_agreement("document", ids)
+            started, sent = time.perf_counter(), transport.counters.bytes_sent
+            report = on_progress if on_progress and transport.rank == 0 else quiet
+            made = make_strategy(
+                document.strategy, self.config.encode, transport, self.files.vocab_size
+            )
+            shard = shards[transport.rank]
+            shard.rewind()
+            self._engines[transport.rank].extend([shard], [ids], made, report)
+            shard.keep()
+            sent = transport.counters.bytes_sent - sent
+            (took,) = gather_integers(transport, [round((time.perf_counter() - started) * 1e9)])
+            return gather_metrics(transport, shard.cache.nbytes, sent), max(took)
+
+        metrics, took = self.ranks.run(append)[0]
+        whole = [*document.ids, *ids]
+        return replace(
+            document, ids=whole, encode_s=took / 1e9, metrics=metrics, shards=list(shards.values())
+        )
+
     def ask(
         self,
         document: Document,
@@ -413,19 +457,24 @@ class LongContext:
         """What each rank of this process holds of a document."""
         if document.owner is not self:
             raise UserError("document", None, "was encoded by another LongContext: encode it here")
+        if not document.shards:
+            raise UserError("document", None, "was appended to: use what append returned")
         pairs = zip(self.ranks.transports, document.shards, strict=True)
         return {transport.rank: shard for transport, shard in pairs}
 
     def _check_question(self, document: Document, query: int, new: int = 0) -> None:
         config = replace(self.config, strategy=document.strategy)
         check_fits(config, self.files, self.world_size, document.tokens, query, new)
-        engine, read = next(iter(self._engines.values())), document.tokens + query
-        if not engine.same_rope(document.shards[0].length, read):
+        read = document.tokens + query
+        self._check_rope(document, read, f"encode it with length={read} for this question")
+
+    def _check_rope(self, document: Document, length: int, instead: str) -> None:
+        engine = next(iter(self._engines.values()))
+        if not engine.same_rope(document.shards[0].length, length):
             raise UserError(
                 "document",
                 f"{document.tokens} tokens",
-                "this model's rotary embedding depends on the length of the text: encode it with"
-                f" length={read} for this question",
+                "this model's rotary embedding depends on the length of the text: " + instead,
             )
 
     def close(self) -> None:

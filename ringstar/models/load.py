@@ -23,7 +23,7 @@ from ringstar.models.facts import ModelFacts
 from ringstar.models.families import check_family
 from ringstar.models.quantised import check_quantised, quantised, run_once
 from ringstar.models.smollm2 import smollm2_folder
-from ringstar.prompt import PromptFormat, prompt_format
+from ringstar.prompt import PromptFormat, continuing_ids, prompt_format
 
 # transformers patches its classes while it loads, and two loads at once leave them patched
 _LOADING = threading.Lock()
@@ -77,6 +77,10 @@ class ModelFiles(ModelFacts):
     def context_ids(self, document: str) -> list[int]:
         """The document's token ids behind whatever the chat template puts first."""
         return self.prompt.context_ids(self._needed_tokenizer(), document)
+
+    def more_ids(self, text: str) -> list[int]:
+        """Token ids of a text that follows a document."""
+        return continuing_ids(self._needed_tokenizer(), text)
 
     def query_ids(self, question: str) -> list[int]:
         """The question's token ids up to where the answer begins."""

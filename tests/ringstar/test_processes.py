@@ -38,11 +38,16 @@ def folders():
 def answers(transport, where, world):
     """First logits and tokens of every case; the model of a family is loaded once."""
     results = []
+    runtimes = {
+        family: LongContext.from_config(
+            Config(model=ModelConfig(path=folder)), ProcessWorld(transport)
+        )
+        for family, folder in where.items()
+    }
     for family, layout, chunk_tokens, document, query in cases(world):
-        config = Config(model=ModelConfig(path=where[family]), strategy=RingConfig(layout=layout))
-        config.encode.chunk_tokens = chunk_tokens
-        runtime = LongContext.from_config(config, ProcessWorld(transport))
-        encoded = runtime.encode(random_ids(document, seed=1))
+        runtime = runtimes[family]
+        runtime.config.encode.chunk_tokens = chunk_tokens
+        encoded = runtime.encode(random_ids(document, seed=1), strategy=RingConfig(layout=layout))
         new = GREEDY if document > 10 else 2
         answer = runtime.ask(encoded, random_ids(query, seed=2), max_new_tokens=new)
         results.append((answer.first_logits.numpy(), answer.ids))
