@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
+from launch.inputs import is_ids
 from launch.outputs import config_path, resolved_config, write_file
 from launch.questions import RESULT_FIELDS, Question
 from ringstar.answers import Answer
@@ -19,14 +20,14 @@ from ringstar.config import AskConfig
 from ringstar.errors import UserError
 
 # sections of the config that answers depend on
-_DECIDES = ("model", "rope", "strategy", "document", "generation")
+_DECIDES = ("model", "rope", "strategy", "document", "generation", "questions")
 
 
-def answered(config: AskConfig, questions: Sequence[Question]) -> int:
-    """How many of the questions `output.path` answers already; UserError if it is about others."""
+def answered(config: AskConfig, questions: Sequence[Question]) -> list[list[int]]:
+    """The token ids of the answers that `output.path` has; UserError if it is about others."""
     path = config.output.path
     if path is None or not Path(path).expanduser().exists():
-        return 0
+        return []
     lines = _whole_lines(Path(path).expanduser())
     for number, (text, question) in enumerate(zip(lines, questions, strict=False), 1):
         if not _answers(text, question):
@@ -39,7 +40,7 @@ def answered(config: AskConfig, questions: Sequence[Question]) -> int:
         raise UserError("output.path", path, why)
     if lines:
         _check_config(config, path)
-    return len(lines)
+    return [json.loads(text)["answer_ids"] for text in lines]
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -52,6 +53,8 @@ def _answers(text: str, question: Question) -> bool:
     try:
         line = json.loads(text)
     except ValueError:
+        return False
+    if not isinstance(line, dict) or not is_ids(line.get("answer_ids")):
         return False
     kept = {key: value for key, value in line.items() if key not in RESULT_FIELDS}
     return kept == question.line

@@ -9,6 +9,7 @@ questions.path has one JSON object on each line: {"question": "..."} or {"query_
 any other fields, which come back.  Answers are written in the same order, one line each, as soon as
 each is there; a run that was stopped goes on where it was when it is started again.
 Without questions.path every line of standard input is a question; its answer is streamed.
+Each question is asked alone; with questions.follow_up=true it sees those before it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is quie
     signal.signal(signal.SIGINT, _quiet)
 
 import io
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ from launch.inputs import STDIN, Request, check_one_reader, read_context
 from launch.options import ASK, parse_questions
 from launch.questions import Question, read_questions, typed_lines
 from launch.start import RankCommand
+from ringstar.answers import Answer
 from ringstar.config import AskConfig
 from ringstar.errors import UserError
 from ringstar.exchange import text_of_rank_0
@@ -93,14 +97,14 @@ def _answer_file(
     config: AskConfig, runtime: LongContext, document: Document, questions: list[Question]
 ) -> None:
     first = runtime.rank == 0
-    done = int(_of_rank_0(runtime, str(answered(config, questions))) or 0)
+    done = json.loads(_of_rank_0(runtime, json.dumps(answered(config, questions))) or "[]")
     if first and done:
-        log.info(f"{done} of {len(questions)} questions are answered in {config.output.path}")
+        log.info(f"{len(done)} of {len(questions)} questions are answered in {config.output.path}")
     answers = AnswerLog(config) if first else None
     shown = first and sys.stderr.isatty() and config.output.path is not None
-    left = questions[done:]
-    for question in tqdm(left, "questions", disable=not shown, leave=False):
-        answer = runtime.ask(document, question.ids)
+    ask = asker(config, runtime, document, zip(questions, done, strict=False))
+    for question in tqdm(questions[len(done) :], "questions", disable=not shown, leave=False):
+        answer = ask(question.asked)
         if answers is not None:
             answers.add(question.line, answer)
 
@@ -109,11 +113,12 @@ def _answer_typed(config: AskConfig, runtime: LongContext, document: Document) -
     """Until the end of standard input; every rank hears the same."""
     answers = AnswerLog(config) if runtime.rank == 0 and config.output.path is not None else None
     lines = typed_lines(config.transport.timeout_s) if runtime.rank == 0 else iter(())
+    ask = asker(config, runtime, document)
     while (question := _of_rank_0(runtime, next(lines, None))) is not None:
         if not question.strip():
             continue
         try:
-            answer = runtime.ask(document, question, on_text=print_piece)
+            answer = ask(question, on_text=print_piece)
         except UserError as error:
             log.info(str(error))  # the same on every rank, before any has begun
             continue
@@ -121,6 +126,21 @@ def _answer_typed(config: AskConfig, runtime: LongContext, document: Document) -
             print_piece("\n" if runtime.files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
         if answers is not None:
             answers.add({"question": question}, answer)
+
+
+def asker(
+    config: AskConfig,
+    runtime: LongContext,
+    document: Document,
+    before: Iterable[tuple[Question, list[int]]] = (),
+) -> Callable[..., Answer]:
+    """What takes a question: each alone, or after those before it and their answers."""
+    if not config.questions.follow_up:
+        return partial(runtime.ask, document)
+    talk = runtime.converse(document)
+    for question, answer_ids in before:
+        talk.add(question.asked, answer_ids)
+    return talk.ask
 
 
 def _of_rank_0(runtime: LongContext, text: str | None) -> str | None:

@@ -46,6 +46,7 @@ _MEANING = {
     "generation.top_p": "sample from the likeliest tokens that make up this share",
     "generation.seed": "of the sampling",
     "generation.stop": "a text that ends the answer; may be given several times",
+    "questions.follow_up": "each question sees those before it, and their answers",
     "questions.path": 'JSONL, {"question": "..."} on each line; unset: they are typed',
     "output.path": "result JSON; the resolved config is written beside it",
     "output.first_logits": "safetensors: first_token_logits (vocab,) float32",

@@ -37,6 +37,11 @@ class Question:
     line: dict[str, Any]
     ids: list[int]
 
+    @property
+    def asked(self) -> str | list[int]:
+        """As the line has it: text, or token ids."""
+        return self.line["query_ids"] if "query_ids" in self.line else self.line["question"]
+
 
 def read_questions(
     config: AskConfig, files: ModelFiles, context_tokens: int, world: int

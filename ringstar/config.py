@@ -225,9 +225,13 @@ class Config:
 
 @dataclass
 class QuestionsConfig:
-    """`path`: a JSONL file, a question on each line; None: they are typed."""
+    """`path`: a JSONL file, a question on each line; None: they are typed.
+
+    `follow_up`: each question sees those before it, and their answers.
+    """
 
     path: str | None = None
+    follow_up: bool = False
 
 
 @dataclass

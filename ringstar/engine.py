@@ -108,24 +108,23 @@ class RankEngine:
     def generate(
         self, shard: TextShard, query_ids: Sequence[int], settings: GenerationConfig
     ) -> Generator[GeneratedToken, None, None]:
-        """Answer tokens, for as long as the caller asks; the document is left as it was."""
+        """Answer tokens to a question after what is there, for as long as the caller asks.
+
+        All that is read stays: the last token that was given is not.
+        """
         self._transport.check_agreement("question", list(query_ids), settings)
         sampler = Sampler(settings)
-        shard.rewind()
         new = list(query_ids)
         shard.cache.make_room(self._most_kept(len(new), settings))
         self._transport.publish("question")
         first = True
-        try:
-            while True:
-                logits = self.read([shard], [new])[0]
-                token = self._agree(logits, sampler)
-                yield GeneratedToken(token, time.perf_counter(), logits if first else None)
-                new, first = [token], False
-                if self._transport.phase != "decode":
-                    self._transport.publish("decode")
-        finally:
-            shard.rewind()
+        while True:
+            logits = self.read([shard], [new])[0]
+            token = self._agree(logits, sampler)
+            yield GeneratedToken(token, time.perf_counter(), logits if first else None)
+            new, first = [token], False
+            if self._transport.phase != "decode":
+                self._transport.publish("decode")
 
     def score(self, shard: TextShard, query_ids: Sequence[int], last: int) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""

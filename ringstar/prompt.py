@@ -19,6 +19,8 @@ class PromptFormat:
     after_question: str
     source: str
     add_special_tokens: bool
+    # from the end of an answer to the next question; None: the template has no second turn
+    between_turns: str | None = None
 
     def context_ids(self, tokenizer: Any, document: str) -> list[int]:
         """Token ids of everything up to the end of the document."""
@@ -30,6 +32,16 @@ class PromptFormat:
     def query_ids(self, tokenizer: Any, question: str) -> list[int]:
         """Token ids of everything from the end of the document to where the answer begins."""
         return continuing_ids(tokenizer, SEPARATOR + question + self.after_question)
+
+    def next_query_ids(self, tokenizer: Any, question: str) -> list[int]:
+        """Token ids from the end of an answer to where the next one begins.
+
+        Raises:
+            UserError: the chat template has no second turn.
+        """
+        if self.between_turns is None:
+            raise UserError("model.path", None, "its chat template has no second turn")
+        return continuing_ids(tokenizer, self.between_turns + question + self.after_question)
 
 
 def continuing_ids(tokenizer: Any, text: str) -> list[int]:
@@ -51,7 +63,8 @@ def prompt_format(tokenizer: Any) -> PromptFormat:
         UserError: the template does not leave the message as it is, so it cannot be split.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return PromptFormat("", "\nAnswer:", "no chat template: plain question and answer", True)
+        plain = "no chat template: plain question and answer"
+        return PromptFormat("", "\nAnswer:", plain, True, SEPARATOR)
     document, question = (uuid.uuid4().hex for _ in range(2))
     message = document + SEPARATOR + question
     try:
@@ -68,4 +81,21 @@ def prompt_format(tokenizer: Any) -> PromptFormat:
             "model.path", None, "its chat template changes the message; give document.ids_path"
         )
     # the template writes its own beginning-of-text token
-    return PromptFormat(before, after, "the model's chat template", False)
+    between = _between_turns(tokenizer)
+    return PromptFormat(before, after, "the model's chat template", False, between)
+
+
+def _between_turns(tokenizer: Any) -> str | None:
+    """What a template puts between an answer and the next question, if it can be told."""
+    turns = [(role, uuid.uuid4().hex) for role in ("user", "assistant", "user")]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in turns],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except Exception:  # whatever a template raises: it takes no such list
+        return None
+    _, answer, behind = rendered.partition(turns[1][1])
+    between, question, _ = behind.partition(turns[2][1])
+    return between if answer and question else None

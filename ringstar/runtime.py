@@ -31,6 +31,7 @@ from ringstar.config import (
     strategy_config,
     strategy_settings,
 )
+from ringstar.conversation import Conversation
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.metrics import RankMetrics, gather_integers, gather_metrics
@@ -319,11 +320,35 @@ class LongContext:
         Raises:
             UserError: the question is empty or too long for the model, or a setting is wrong.
         """
+        ids = token_ids("question", question, self.files.query_ids, self.files.vocab_size)
+        return self.answer(document, ids, on_text=on_text, settings=settings, **changes)
+
+    def converse(self, document: Document) -> Conversation:
+        """A conversation about a document: its `ask` takes one question after another."""
+        self._shards(document)
+        return Conversation(self, document)
+
+    def answer(
+        self,
+        document: Document,
+        ids: Sequence[int],
+        *,
+        top: object = None,
+        before: Sequence[int] = (),
+        on_text: Callable[[str], None] | None = None,
+        settings: GenerationConfig | None = None,
+        **changes: Any,
+    ) -> Answer:
+        """`ask`, for the token ids of a question.
+
+        `before` are earlier turns behind the document.  If there is a `top`, whose turns they
+        are, KV of this turn stays for its next one; with none, nothing is left behind.
+        """
         chosen = replace(settings or self.config.generation, **changes)
         check_generation(chosen)
+        check_ids("question", ids, self.files.vocab_size)
         shards = self._shards(document)
-        ids = token_ids("question", question, self.files.query_ids, self.files.vocab_size)
-        self._check_question(document, len(ids), chosen.max_new_tokens)
+        self._check_question(document, len(before) + len(ids), chosen.max_new_tokens)
         tokenizer, ends = self.files.tokenizer, self.files.end_tokens()
         if chosen.stop and tokenizer is None:
             raise UserError("generation.stop", chosen.stop[0], "needs a model with a tokenizer")
@@ -332,11 +357,13 @@ class LongContext:
             started = time.perf_counter()
             shard = shards[transport.rank]
             shown = on_text if transport.rank == 0 else None
-            engine = self._engines[transport.rank]
-            with closing(engine.generate(shard, ids, chosen)) as steps:
+            read = shard.take_up(top) - document.tokens
+            new = [*before[read:], *ids]
+            with closing(self._engines[transport.rank].generate(shard, new, chosen)) as steps:
                 made = collect(steps, chosen, ends, tokenizer, shown)
                 sent = transport.counters.bytes_sent
                 metrics = gather_metrics(transport, shard.cache.nbytes, sent)
+            shard.leave(top)
             times = made.times_s
             return Answer(
                 text=made.text,

@@ -34,11 +34,30 @@ class TextShard:
     def keep(self) -> None:
         """What is there now stays."""
         self._kept = (self.tokens, self.owned, self.cache.state)
+        self._top: object = None
 
     def rewind(self) -> None:
         """Forget what came since the last `keep`."""
         self.tokens, self.owned, state = self._kept
         self.cache.truncate(state)
+        self._top = None
+
+    def take_up(self, top: object) -> int:
+        """How many tokens are there, those of `top` among them if it was the last to `leave`.
+
+        Whatever else came since the last `keep` is forgotten; so are these, unless `leave` is
+        called again.
+        """
+        if top is None or self._top is not top:
+            self.rewind()
+        self._top = None
+        return self.tokens
+
+    def leave(self, top: object) -> None:
+        """What is there stays for `top` to take up; with none it is forgotten."""
+        if top is None:
+            self.rewind()
+        self._top = top
 
 
 def _all_joined(runs: Runs, more: Runs) -> Runs:

@@ -78,6 +78,10 @@ class ModelFiles(ModelFacts):
         """The document's token ids behind whatever the chat template puts first."""
         return self.prompt.context_ids(self._needed_tokenizer(), document)
 
+    def next_query_ids(self, question: str) -> list[int]:
+        """The token ids of a question that follows an answer."""
+        return self.prompt.next_query_ids(self._needed_tokenizer(), question)
+
     def more_ids(self, text: str) -> list[int]:
         """Token ids of a text that follows a document."""
         return continuing_ids(self._needed_tokenizer(), text)

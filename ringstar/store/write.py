@@ -48,7 +48,9 @@ def write_shards(
     `facts` are the fields of `Manifest` that the shard does not know.  Returns what went wrong,
     the same on every rank; what `folder` held before is then as it was.
     """
+    shard.rewind()
     shard.cache.forget(shard.tokens)
+    shard.keep()
     data = folder / f"data-{_agreed(transport, secrets.randbits(62)):016x}"
     tensors = _tensors(shard, ids if transport.rank == 0 else ())
     sizes = gather_integers(transport, [sum(t.nbytes for t in tensors.values())])[0]

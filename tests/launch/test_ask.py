@@ -16,6 +16,7 @@ import pytest
 from launch.ask import main
 from launch.generate import main as generate
 from launch.questions import RESULT_FIELDS
+from ringstar import LongContext
 from ringstar.exchange import text_of_rank_0
 from tests.support.ranks import in_processes, in_threads
 
@@ -89,6 +90,23 @@ def test_without_a_file_answers_go_to_standard_output(run, asked):
     kept = [argument for argument in arguments if not argument.startswith("output")]
     out, _ = run(*kept, *THREADS)
     assert [json.loads(line).get("id") for line in out.splitlines()] == [7, None, None]
+
+
+def test_follow_ups_see_what_came_before_also_when_a_run_goes_on(run, asked, chat, book):
+    arguments, path = asked
+    run(*arguments, *THREADS, "questions.follow_up=true")
+    whole = lines_of(path)
+    ring = LongContext.from_pretrained(chat, transport="threads", world_size=2, threads_per_rank=1)
+    talk = ring.converse(ring.encode(Path(book).read_text()))
+    for line, answer in zip(QUESTIONS, whole, strict=True):
+        question = line.get("question") or line["query_ids"]
+        assert talk.ask(question, max_new_tokens=8).ids == answer["answer_ids"]
+    for done in (1, 2):
+        path.write_text("".join(f"{json.dumps(answer)}\n" for answer in whole[:done]))
+        run(*arguments, *THREADS, "questions.follow_up=true")
+        assert [a["answer_ids"] for a in lines_of(path)] == [a["answer_ids"] for a in whole]
+    _, err = run(*arguments, *THREADS, status=2)
+    assert "was begun with another questions" in err
 
 
 @pytest.mark.slow

@@ -69,7 +69,8 @@ OPTIONS = [
 
 # launch.compare: no strategy, nothing of sampling
 ASK_OPTIONS = sorted(
-    {*OPTIONS, "questions.path"} - {"question", "question_path", "output.first_logits"}
+    {*OPTIONS, "questions.follow_up", "questions.path"}
+    - {"question", "question_path", "output.first_logits"}
 )
 COMPARE_OPTIONS = sorted(
     {key for key in OPTIONS if not key.startswith("strategy.")}

@@ -1,0 +1,54 @@
+"""Questions that follow one another about the same document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ringstar.answers import Answer
+from ringstar.errors import UserError
+
+if TYPE_CHECKING:
+    from ringstar.runtime import Document, LongContext
+
+
+class Conversation:
+    """A document, and the turns so far: each question sees those before it.
+
+    Its KV stays behind the document's until somebody else asks about the document; then the turns
+    are read again, but never the document.  `ids` are the tokens of all turns.
+    """
+
+    def __init__(self, runtime: LongContext, document: Document):
+        self.document, self.ids = document, list[int]()
+        self._runtime, self._turns = runtime, 0
+
+    def ask(self, question: str | Sequence[int], **options: Any) -> Answer:
+        """The next turn; `options` are those of `LongContext.ask`.
+
+        Token ids are read as they are; a text is put between turns as the model's own chat
+        template does it.
+
+        Raises:
+            UserError: as `LongContext.ask`, or the template has no second turn.
+        """
+        ids = self._turn_ids(question)
+        answer = self._runtime.answer(self.document, ids, top=self, before=self.ids, **options)
+        self._add(ids, answer.ids)
+        return answer
+
+    def add(self, question: str | Sequence[int], answer_ids: Sequence[int]) -> None:
+        """A turn that was answered elsewhere or earlier; it is read with the next one."""
+        self._add(self._turn_ids(question), answer_ids)
+
+    def _add(self, ids: Sequence[int], answer_ids: Sequence[int]) -> None:
+        self.ids += [*ids, *answer_ids]
+        self._turns += 1
+
+    def _turn_ids(self, question: str | Sequence[int]) -> list[int]:
+        files = self._runtime.files
+        if not isinstance(question, str):
+            return list(question)
+        if not question.strip():
+            raise UserError("question", None, "is empty; at least one token is needed")
+        return files.next_query_ids(question) if self._turns else files.query_ids(question)
