@@ -96,6 +96,8 @@ def make_ranks(
             threads_per_rank=config.threads_per_rank,
         )
         return world, reason
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL and new tensors go by it
     name, reason = _backend(config.name, device)
     transport = connect(
         name,
