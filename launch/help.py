@@ -35,6 +35,7 @@ _MEANING = {
     "document.path": "a UTF-8 text file; - is standard input",
     "document.text": "the document itself",
     "document.ids_path": 'JSON {"context_ids": [...], "query_ids": [...]}; needs no tokenizer',
+    "document.checkpoint_every": "chunks after which document.save holds what is done so far",
     "document.load": "a folder that document.save wrote; nothing is encoded again",
     "document.save": "a folder to keep the encoded document in",
     "question": "taken literally: quotes, brackets and = are text",

@@ -107,7 +107,7 @@ def read_document(document: DocumentConfig) -> tuple[str | list[int], list[int] 
     given = {
         f"document.{name}": value
         for name, value in vars(document).items()
-        if value is not None and name != "save"
+        if value is not None and name not in ("save", "checkpoint_every")
     }
     if len(given) != 1:
         raise UserError(

@@ -72,6 +72,7 @@ COMPARE = Command(
         "generation.top_p": _GREEDY,
         "generation.seed": _GREEDY,
         "output.first_logits": "logits are compared, not written; drop it",
+        "document.checkpoint_every": "its documents are compared, not kept; drop it",
         "document.load": "its documents are encoded anew, in every way; give document.path",
         "document.save": "its documents are compared, not kept; drop it",
     },

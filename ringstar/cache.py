@@ -87,11 +87,11 @@ class ShardedCache:
         """The layers of each window."""
         return {window: kept.layers for window, kept in self._by_window.items()}
 
-    def all_layers(self) -> Iterator[tuple[int, DenseKV]]:
-        """The KV of every layer, in order, without a copy."""
-        by_layer = {layer: kept for kept in self._by_window.values() for layer in kept.layers}
-        for layer, kept in sorted(by_layer.items()):
-            yield layer, kept.view(layer, 0, kept.tokens)
+    def all_layers(self) -> Iterator[tuple[int | None, int, DenseKV]]:
+        """The window and the KV of every layer, without a copy."""
+        for window, kept in self._by_window.items():
+            for layer in kept.layers:
+                yield window, layer, kept.view(layer, 0, kept.tokens)
 
     def restore(self, window: int | None, runs: Runs, room: int) -> KeptKV:
         """Layers with this window, for KV at `runs` that is about to be written, and some more."""

@@ -166,6 +166,8 @@ class DocumentConfig:
     ids_path: str | None = None
     load: str | None = None
     save: str | None = None
+    # chunks of an encode after which `save` holds what is done so far
+    checkpoint_every: int | None = None
 
 
 @dataclass
@@ -302,6 +304,12 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield _one_of("model.dtype", model.dtype, DTYPES)
     yield _count("model.ff_slice_tokens", model.ff_slice_tokens)
     yield from _rope_rules(config.rope)
+    every, save = config.document.checkpoint_every, config.document.save
+    yield _count("document.checkpoint_every", every)
+    needs = every is None or (save is not None and config.document.load is None)
+    yield "document.checkpoint_every", every, needs, "needs document.save and something to encode"
+    rings = every is None or not isinstance(strategy, StarConfig)
+    yield "document.checkpoint_every", every, rings, "star encodes in any order; allowed: with ring"
     yield _count("encode.chunk_tokens", config.encode.chunk_tokens)
     yield _count("encode.answer_tokens", config.encode.answer_tokens)
     yield _count("launch.nproc", config.launch.nproc)

@@ -42,9 +42,12 @@ from ringstar.store import (
     Manifest,
     check_saved,
     fingerprint,
+    is_saved,
+    move_saved,
     read_ids,
     read_manifest,
     read_shard,
+    remove_saved,
     write_shards,
 )
 from ringstar.strategies import check_document, describe, make_strategy
@@ -277,7 +280,8 @@ class LongContext:
         ids = token_ids("more", more, self.files.more_ids, self.files.vocab_size)
         config, total = replace(self.config, strategy=document.strategy), document.tokens + len(ids)
         check_fits(config, self.files, self.world_size, total)
-        self._check_rope(document, total, "encode the whole anew")
+        length = max(document.shards[0].length, total)
+        self._check_rope(document, length, "encode the whole anew")
         document.shards.clear()
         quiet: OnProgress = lambda _: None  # noqa: E731
 
@@ -409,18 +413,88 @@ class LongContext:
             UserError: the folder holds something else, or there is no room; what was saved there
                 before is as it was.
         """
+        self._write(document, folder, None)
+        self._say(f"document of {document.tokens:,} tokens saved to {folder}")
+
+    def encode_kept(
+        self,
+        document: Text,
+        folder: str,
+        checkpoint_every: int,
+        on_progress: OnProgress | None = None,
+        *,
+        length: int = 0,
+    ) -> Document:
+        """Encode a document and save it, part by part: a run that was stopped goes on.
+
+        After every `checkpoint_every` chunks what is encoded is on the disk, in a folder beside
+        `folder` whose name ends in `.unfinished`; there the next run with the same document takes
+        it up, at the same or another number of ranks.  `length` is as in `encode`.
+
+        Raises:
+            UserError: as `encode` and `save`; or the unfinished folder has another document.
+        """
+        if isinstance(self.config.strategy, StarConfig):
+            why = "star's blocks are encoded in any order; allowed: with ring"
+            raise UserError("document.checkpoint_every", checkpoint_every, why)
+        ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
+        check_fits(self.config, self.files, self.world_size, len(ids))
+        unfinished = f"{folder.rstrip('/')}.unfinished"
+        made, seconds = self._unfinished(unfinished, ids), 0.0
+        piece = checkpoint_every * self.config.encode.chunk_tokens * self.world_size
+        done = made.tokens if made else 0
+        for start in range(done, len(ids), piece):
+            part = ids[start : start + piece]
+            report = _part_of(on_progress, start, len(part), len(ids))
+            if made is None:
+                made = self.encode(part, report, length=max(length, len(ids)))
+                before = None
+            else:
+                before = read_manifest("document.save", unfinished)[1]
+                made = self.append(made, part, report)
+            seconds += made.encode_s
+            self._write(made, unfinished, before)
+        assert made is not None
+        self._take_over(made, unfinished, folder)
+        return replace(made, encode_s=seconds)
+
+    def _unfinished(self, folder: str, ids: list[int]) -> Document | None:
+        """The beginning of a document that an earlier run encoded, if there is one."""
+        if not is_saved(folder):
+            return None
+        found = self.load(folder)
+        if found.ids != ids[: found.tokens] or isinstance(found.strategy, StarConfig):
+            why = "holds the beginning of another document; remove it, or save elsewhere"
+            raise UserError("document.save", folder, why)
+        self._say(f"{found.tokens:,} of {len(ids):,} tokens are encoded already")
+        return found
+
+    def _take_over(self, document: Document, unfinished: str, folder: str) -> None:
+        """The unfinished folder becomes the finished one, in one step if nothing is there yet."""
+
+        def rename(transport: Transport) -> bool:
+            return move_saved(transport, Path(unfinished).expanduser(), Path(folder).expanduser())
+
+        if self.ranks.run(rename)[0]:
+            self._say(f"document of {document.tokens:,} tokens saved to {folder}")
+            return
+        self.save(document, folder)
+        self.ranks.run(lambda transport: remove_saved(transport, Path(unfinished).expanduser()))
+
+    def _write(self, document: Document, folder: str, before: Manifest | None) -> None:
+        """Write what comes after `before`, which is what the folder has."""
         shards = self._shards(document)
         facts = {**self._identity(), "strategy": strategy_settings(document.strategy)}
+        path = Path(folder).expanduser()
 
-        def save(transport: Transport) -> str | None:
+        def write(transport: Transport) -> str | None:
             transport.publish("save")
-            path = Path(folder).expanduser()
-            return write_shards(transport, shards[transport.rank], document.ids, path, facts)
+            shard = shards[transport.rank]
+            return write_shards(transport, shard, document.ids, path, facts, before)
 
-        wrong = self.ranks.run(save)[0]
+        wrong = self.ranks.run(write)[0]
         if wrong is not None:
             raise UserError("document.save", folder, wrong)
-        self._say(f"document of {document.tokens:,} tokens saved to {folder}")
 
     def load(self, folder: str) -> Document:
         """A document that was saved, by this model, at any number of ranks and in any layout.
@@ -450,9 +524,10 @@ class LongContext:
             raise UserError("document.load", folder, wrong)
         metrics, took = figures
         ids = read_ids(path, manifest)
+        saved_by = ", ".join(str(n) for n in sorted({len(p.files) for p in manifest.parts}))
         self._say(
             f"document of {len(ids):,} tokens loaded from {folder}: encoded by {chosen.name} over"
-            f" {len(manifest.files)} ranks, dealt to {self.world_size}"
+            f" {saved_by} ranks, dealt to {self.world_size}"
         )
         return Document(ids, chosen, took / 1e9, metrics, list(shards), self)
 
@@ -515,6 +590,13 @@ class LongContext:
                 if line not in self._said:
                     log.info(line)
                 self._said.add(line)
+
+
+def _part_of(report: OnProgress | None, done: int, tokens: int, total: int) -> OnProgress | None:
+    """Progress over a whole document, from that over one part of it."""
+    if report is None:
+        return None
+    return lambda share: report((done + share * tokens) / total)
 
 
 def token_ids(

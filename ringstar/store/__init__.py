@@ -3,16 +3,25 @@
 from ringstar.store.identity import fingerprint
 from ringstar.store.manifest import Manifest, read_manifest
 from ringstar.store.read import check_saved, read_ids, read_shard, saved_ids
-from ringstar.store.write import check_place, write_shards
+from ringstar.store.write import (
+    check_place,
+    is_saved,
+    move_saved,
+    remove_saved,
+    write_shards,
+)
 
 __all__ = [
     "Manifest",
     "check_place",
     "check_saved",
     "fingerprint",
+    "is_saved",
+    "move_saved",
     "read_ids",
     "read_manifest",
     "read_shard",
+    "remove_saved",
     "saved_ids",
     "write_shards",
 ]

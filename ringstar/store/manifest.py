@@ -1,7 +1,8 @@
 """What a saved document says of itself; checked before a byte of its KV is read.
 
-A folder holds `manifest.json` and one folder that it names, with a file for each rank.  Saving
-again makes another such folder, and then replaces the manifest in one step.
+A folder holds `manifest.json` and one folder that it names, with the files that ranks wrote, at
+once or part by part.  Saving again makes another such folder, and then replaces the manifest in
+one step.
 """
 
 from __future__ import annotations
@@ -25,12 +26,28 @@ _MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
+class Part:
+    """What was written at once: positions up to `stop`, after those of the parts before.
+
+    `owned[r]` is what rank r owned of them, in memory order, and `files[r]` the size of its file
+    in bytes and its checksum.
+    """
+
+    stop: int
+    owned: tuple[Runs, ...]
+    files: tuple[tuple[int, str], ...]
+
+    def kept(self, rank: int, window: int | None) -> Runs:
+        """What layers with this window still had of it: what tokens after `stop` see."""
+        return kept(self.owned[rank], window, self.stop)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A saved document.
 
-    `rope` and `strategy` are how it was encoded; `owned[r]` is what rank r owned, in memory
-    order, `files[r]` the size of its file in bytes and its checksum.  `layers` are those of each
-    window, None for those that see everything.
+    `rope` and `strategy` are how it was encoded, `length` is that of the whole text; `layers` are
+    those of each window, None for those that see everything.
     """
 
     model: str
@@ -38,29 +55,49 @@ class Manifest:
     dtype: str
     rope: str
     strategy: dict[str, Any]
-    tokens: int
     length: int
     data: str
-    files: tuple[tuple[int, str], ...]
-    owned: tuple[Runs, ...]
     layers: dict[int | None, tuple[int, ...]]
+    parts: tuple[Part, ...]
 
-    def kept(self, owned: Runs, window: int | None) -> Runs:
-        """What layers with this window still have of `owned`: what later tokens see."""
-        return owned if window is None else clip(owned, self.tokens - window + 1)
+    @property
+    def tokens(self) -> int:
+        return self.parts[-1].stop
+
+    @property
+    def files(self) -> list[tuple[str, tuple[int, str]]]:
+        """The name of every file, its size and its checksum."""
+        return [
+            (file_name(number, rank), file)
+            for number, part in enumerate(self.parts)
+            for rank, file in enumerate(part.files)
+        ]
+
+    def owned_by(self, world: int) -> tuple[Runs, ...] | None:
+        """What each of so many ranks owned; None if others wrote a part of it."""
+        if any(len(part.owned) != world for part in self.parts):
+            return None
+        ranks = zip(*(part.owned for part in self.parts), strict=True)
+        return tuple(tuple(run for runs in owned for run in runs) for owned in ranks)
 
     def to_json(self) -> bytes:
         """With a checksum of everything else."""
         content = asdict(self)
-        content["owned"] = [[[r.start, r.stop, r.step] for r in runs] for runs in self.owned]
         content["layers"] = [[window, list(each)] for window, each in self.layers.items()]
+        for plain, part in zip(content["parts"], self.parts, strict=True):
+            plain["owned"] = [[[r.start, r.stop, r.step] for r in runs] for runs in part.owned]
         body = {"format": FORMAT, "version": VERSION, **content}
         return json.dumps({**body, "sha256": _checksum(body)}, indent=1).encode()
 
 
-def file_name(rank: int) -> str:
-    """Of a rank's part, in the folder of data."""
-    return f"rank-{rank:05d}.safetensors"
+def kept(owned: Runs, window: int | None, stop: int) -> Runs:
+    """What layers with this window have of `owned`, once positions before `stop` are encoded."""
+    return owned if window is None else clip(owned, stop - window + 1)
+
+
+def file_name(part: int, rank: int) -> str:
+    """Of what a rank wrote, in the folder of data."""
+    return f"part-{part:05d}-rank-{rank:05d}.safetensors"
 
 
 def tensor_name(layer: int, what: str) -> str:
@@ -95,21 +132,28 @@ def read_manifest(key: str, folder: str) -> tuple[Path, Manifest]:
 
 def _parsed(body: dict[str, Any]) -> Manifest:
     fields = {name: body[name] for name in Manifest.__dataclass_fields__}
-    fields["files"] = tuple((int(size), str(checksum)) for size, checksum in fields["files"])
-    fields["owned"] = tuple(_runs(each) for each in fields["owned"])
     fields["layers"] = {window: tuple(map(int, each)) for window, each in fields["layers"]}
+    fields["parts"] = tuple(_part(**part) for part in fields["parts"])
     return Manifest(**fields)
+
+
+def _part(stop: int, owned: Sequence[Any], files: Sequence[Any]) -> Part:
+    checked = tuple((int(size), str(checksum)) for size, checksum in files)
+    return Part(int(stop), tuple(_runs(each) for each in owned), checked)
 
 
 def _checked(manifest: Manifest) -> Manifest:
     """Raise ValueError for a manifest that contradicts itself, or names what is not its own."""
     if not DATA.fullmatch(manifest.data):
         raise ValueError(f"it names the folder {manifest.data!r}")
-    if not manifest.files or len(manifest.owned) != len(manifest.files):
-        raise ValueError("its ranks do not agree")
-    if manifest.tokens < 1 or sum(map(token_count, manifest.owned)) != manifest.tokens:
-        raise ValueError("its tokens are not those of its ranks")
-    if manifest.length < manifest.tokens:
+    start = 0
+    for part in manifest.parts:
+        if not part.files or len(part.owned) != len(part.files):
+            raise ValueError("its ranks do not agree")
+        if part.stop <= start or sum(map(token_count, part.owned)) != part.stop - start:
+            raise ValueError("its tokens are not those of its ranks")
+        start = part.stop
+    if not start or manifest.length < start:
         raise ValueError("its length is not that of its tokens")
     return manifest
 

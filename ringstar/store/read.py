@@ -15,7 +15,7 @@ from torch import Tensor
 from ringstar.errors import UserError, in_a_line
 from ringstar.metrics import gather_integers
 from ringstar.shard import TextShard
-from ringstar.store.manifest import Manifest, file_name, read_manifest, tensor_name
+from ringstar.store.manifest import Manifest, file_name, kept, read_manifest, tensor_name
 from seqpar import Layout, LayoutKind, Runs, Transport, positions, token_count
 
 log = logging.getLogger("ringstar")
@@ -25,8 +25,13 @@ _PIECE_BYTES = 16 << 20
 
 def read_ids(path: Path, manifest: Manifest) -> list[int]:
     """The token ids of a saved document."""
-    with safe_open(path / manifest.data / file_name(0), framework="pt") as file:
-        return file.get_tensor("ids").tolist()
+    ids: list[int] = []
+    for number in range(len(manifest.parts)):
+        with safe_open(path / manifest.data / file_name(number, 0), framework="pt") as file:
+            ids += file.get_tensor("ids").tolist()
+    if len(ids) != manifest.tokens:
+        raise ValueError(f"there are {len(ids)} token ids for {manifest.tokens} tokens")
+    return ids
 
 
 def saved_ids(key: str, folder: str) -> list[int]:
@@ -40,16 +45,16 @@ def saved_ids(key: str, folder: str) -> list[int]:
 
 def check_saved(transport: Transport, path: Path, manifest: Manifest) -> str | None:
     """Check every file against its checksum, each on one rank; what is wrong, on every rank."""
+    files = manifest.files
     wrong = [
-        rank
-        for rank in range(transport.rank, len(manifest.files), transport.world_size)
-        if _checksum(path / manifest.data / file_name(rank)) != manifest.files[rank]
+        number
+        for number in range(transport.rank, len(files), transport.world_size)
+        if _checksum(path / manifest.data / files[number][0]) != files[number][1]
     ]
-    first = wrong[0] if wrong else len(manifest.files)
-    rank = min(gather_integers(transport, [first])[0])
-    if rank == len(manifest.files):
+    first = min(gather_integers(transport, [wrong[0] if wrong else len(files)])[0])
+    if first == len(files):
         return None
-    return f"damaged: {manifest.data}/{file_name(rank)} is not as it was written"
+    return f"damaged: {manifest.data}/{files[first][0]} is not as it was written"
 
 
 def read_shard(
@@ -81,15 +86,13 @@ def _read_into(
     room: int,
 ) -> None:
     world, rank = transport.world_size, transport.rank
-    owned = manifest.owned
-    if len(owned) != world:
-        dealt = Layout(layout, 0, manifest.tokens, world)
-        owned = tuple(dealt.runs(each) for each in range(world))
+    dealt = Layout(layout, 0, manifest.tokens, world)
+    owned = manifest.owned_by(world) or tuple(dealt.runs(each) for each in range(world))
     shard.grow(manifest.tokens, owned)
     shard.cache.reserve(token_count(owned[rank]) + room)
     with SavedRanks(data, manifest) as saved:
         for window, layers in manifest.layers.items():
-            wanted = manifest.kept(owned[rank], window)
+            wanted = kept(owned[rank], window, manifest.tokens)
             held = shard.cache.restore(window, wanted, room)
             sources = _sources(manifest, window, wanted)
             for layer in layers:
@@ -97,21 +100,22 @@ def _read_into(
                 held.write(layer, 0, *(t.unsqueeze(0).to(transport.device) for t in (k, v)))
 
 
-# a saved rank, which of its tokens, and which of ours they are
-Source = tuple[int, Tensor, Tensor]
+# a part and a rank of it, which of its tokens, and which of ours they are
+Source = tuple[tuple[int, int], Tensor, Tensor]
 
 
 def _sources(manifest: Manifest, window: int | None, wanted: Runs) -> list[Source]:
-    """Where the positions `wanted` are, among the saved ranks."""
+    """Where the positions `wanted` are, in which part and with which rank."""
     ours = torch.tensor(positions(wanted), dtype=torch.int64)
     found = []
-    for rank, owned in enumerate(manifest.owned):
-        theirs = torch.tensor(positions(manifest.kept(owned, window)), dtype=torch.int64)
-        if len(theirs):
-            ordered, order = theirs.sort()
-            near = torch.searchsorted(ordered, ours).clamp(max=len(ordered) - 1)
-            here = (ordered[near] == ours).nonzero().flatten()
-            found.append((rank, order[near[here]], here))
+    for number, part in enumerate(manifest.parts):
+        for rank in range(len(part.owned)):
+            theirs = torch.tensor(positions(part.kept(rank, window)), dtype=torch.int64)
+            if len(theirs):
+                ordered, order = theirs.sort()
+                near = torch.searchsorted(ordered, ours).clamp(max=len(ordered) - 1)
+                here = (ordered[near] == ours).nonzero().flatten()
+                found.append(((number, rank), order[near[here]], here))
     return [source for source in found if len(source[1])]
 
 
@@ -120,19 +124,19 @@ class SavedRanks(AbstractContextManager["SavedRanks"]):
 
     def __init__(self, data: Path, manifest: Manifest):
         self._data, self._manifest = data, manifest
-        self._files: dict[int, Any] = {}
+        self._files: dict[tuple[int, int], Any] = {}
 
     def gathered(
         self, layer: int, what: str, window: int | None, wanted: Runs, sources: list[Source]
     ) -> Tensor:
         """k or v of a layer (tokens, KV heads, head size) at the positions `wanted`."""
         name = tensor_name(layer, what)
-        whole = [self._tensor(rank, name, window) for rank, _, _ in sources]
+        whole = [self._tensor(place, name, window) for place, _, _ in sources]
         if len(whole) == 1 and len(sources[0][1]) == len(whole[0]) == token_count(wanted):
             _, take, to = sources[0]
             if torch.equal(take, to):
                 return whole[0]
-        _, heads, dim = self._slice(0, name).get_shape()
+        _, heads, dim = self._slice((0, 0), name).get_shape()
         dtype = getattr(torch, self._manifest.dtype)
         made = torch.empty(token_count(wanted), heads, dim, dtype=dtype)
         for (_, take, to), tensor in zip(sources, whole, strict=True):
@@ -142,19 +146,20 @@ class SavedRanks(AbstractContextManager["SavedRanks"]):
     def __exit__(self, *_: object) -> None:
         self._files.clear()
 
-    def _tensor(self, rank: int, name: str, window: int | None) -> Tensor:
-        tokens = token_count(self._manifest.kept(self._manifest.owned[rank], window))
-        tensor = self._slice(rank, name)[:]
+    def _tensor(self, place: tuple[int, int], name: str, window: int | None) -> Tensor:
+        number, rank = place
+        tokens = token_count(self._manifest.parts[number].kept(rank, window))
+        tensor = self._slice(place, name)[:]
         if tensor.ndim != 3 or len(tensor) != tokens:
-            raise ValueError(f"{name} of rank {rank} has the shape {tuple(tensor.shape)}")
+            raise ValueError(f"{name} of {place} has the shape {tuple(tensor.shape)}")
         if tensor.dtype != getattr(torch, self._manifest.dtype):
-            raise ValueError(f"{name} of rank {rank} is {tensor.dtype}")
+            raise ValueError(f"{name} of {place} is {tensor.dtype}")
         return tensor
 
-    def _slice(self, rank: int, name: str) -> Any:
-        if rank not in self._files:
-            self._files[rank] = safe_open(self._data / file_name(rank), framework="pt")
-        return self._files[rank].get_slice(name)
+    def _slice(self, place: tuple[int, int], name: str) -> Any:
+        if place not in self._files:
+            self._files[place] = safe_open(self._data / file_name(*place), framework="pt")
+        return self._files[place].get_slice(name)
 
 
 def _checksum(path: Path) -> tuple[int, str]:

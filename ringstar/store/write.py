@@ -19,8 +19,8 @@ from torch import Tensor
 from ringstar.errors import UserError
 from ringstar.metrics import gather_integers
 from ringstar.shard import TextShard
-from ringstar.store.manifest import DATA, NAME, Manifest, file_name, tensor_name
-from seqpar import Transport
+from ringstar.store.manifest import DATA, NAME, Manifest, Part, file_name, kept, tensor_name
+from seqpar import Runs, Transport, clip, token_count
 
 # beside the KV: headers and the manifest
 _SPARE_BYTES = 1 << 20
@@ -42,31 +42,37 @@ def write_shards(
     ids: Sequence[int],
     folder: Path,
     facts: dict[str, Any],
+    before: Manifest | None = None,
 ) -> str | None:
     """Write one rank's part of a document; every rank makes the same call.
 
-    `facts` are the fields of `Manifest` that the shard does not know.  Returns what went wrong,
-    the same on every rank; what `folder` held before is then as it was.
+    `facts` are the fields of `Manifest` that the shard does not know.  With `before`, which is
+    what `folder` holds, only what comes after that is written.  Returns what went wrong, the same
+    on every rank; what `folder` held is then as it was.
     """
     shard.rewind()
     shard.cache.forget(shard.tokens)
     shard.keep()
-    data = folder / f"data-{_agreed(transport, secrets.randbits(62)):016x}"
-    tensors = _tensors(shard, ids if transport.rank == 0 else ())
+    start, number = (before.tokens, len(before.parts)) if before else (0, 0)
+    owned = tuple(clip(runs, start) for runs in shard.owned)
+    new = f"data-{_agreed(transport, secrets.randbits(62)):016x}"
+    data = folder / (before.data if before else new)
+    own_ids = ids[start:] if transport.rank == 0 else ()
+    tensors = _tensors(shard, owned[transport.rank], own_ids)
     sizes = gather_integers(transport, [sum(t.nbytes for t in tensors.values())])[0]
     needed = sum(sizes) + _SPARE_BYTES
     made = [0, 0, 0, 0, 0]  # size, and a checksum as four numbers
 
     def write() -> None:
         data.mkdir(parents=True, exist_ok=True)
-        size, checksum = _write(data / file_name(transport.rank), tensors)
+        size, checksum = _write(data / file_name(number, transport.rank), tensors)
         made[:] = [size, *_as_integers(checksum)]
 
     def commit() -> None:
-        _check_sizes(data, files)
-        owned, layers = shard.owned, shard.cache.layers
-        own = {"tokens": shard.tokens, "length": shard.length, "owned": owned, "layers": layers}
-        manifest = Manifest(**{**facts, **own, "data": data.name, "files": files})
+        _check_sizes(data, number, files)
+        parts = (*(before.parts if before else ()), Part(shard.tokens, owned, files))
+        own = {"length": shard.length, "layers": shard.cache.layers, "parts": parts}
+        manifest = Manifest(**{**facts, **own, "data": data.name})
         _replace(folder / NAME, manifest.to_json())
         _sweep(folder, data)
 
@@ -82,25 +88,54 @@ def write_shards(
     return _in_words(*wrong, needed)
 
 
+def is_saved(folder: str) -> bool:
+    """Whether there is a document, finished or not, or what is left of one."""
+    return (Path(folder).expanduser() / NAME).exists()
+
+
+def move_saved(transport: Transport, source: Path, target: Path) -> bool:
+    """Rename a document's folder, if nothing is where it goes; false if something is."""
+
+    def rename() -> None:
+        os.rename(source, target)  # over an empty folder too
+        _sync(target.parent)
+
+    return _first_wrong(transport, rename, only=0) is None
+
+
+def remove_saved(transport: Transport, folder: Path) -> None:
+    """Remove a document's folder: first its manifest, without which the rest is nothing."""
+
+    def remove() -> None:
+        (folder / NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    _first_wrong(transport, remove, only=0)
+
+
 def check_place(key: str, folder: str) -> None:
     """Raise UserError, naming `key`, for a folder that a document could not be saved to."""
     path = Path(folder).expanduser()
     try:
+        new = not path.exists()
         _check_room(path, 0)
         with tempfile.NamedTemporaryFile(dir=path):
             pass
+        if new:
+            path.rmdir()
     except OSError as error:
         code = error.errno or errno.EIO
         why = _in_words(0, code, 0) if code == _FOREIGN else os.strerror(code).lower()
         raise UserError(key, folder, why) from error
 
 
-def _tensors(shard: TextShard, ids: Sequence[int]) -> dict[str, Tensor]:
-    """What this rank's file holds: k and v of each layer; rank 0's the token ids too."""
+def _tensors(shard: TextShard, owned: Runs, ids: Sequence[int]) -> dict[str, Tensor]:
+    """What this rank's file holds: k and v of each layer at `owned`, which came last; and `ids`."""
     tensors = {"ids": torch.tensor(list(ids), dtype=torch.int64)} if ids else {}
-    for layer, kv in shard.cache.all_layers():
-        tensors[tensor_name(layer, "k")] = kv.k_BTHD[0]
-        tensors[tensor_name(layer, "v")] = kv.v_BTHD[0]
+    for window, layer, kv in shard.cache.all_layers():
+        last = kv.tokens - token_count(kept(owned, window, shard.tokens))
+        tensors[tensor_name(layer, "k")] = kv.k_BTHD[0, last:]
+        tensors[tensor_name(layer, "v")] = kv.v_BTHD[0, last:]
     return tensors
 
 
@@ -114,7 +149,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("xb") as file:
+    with path.open("wb") as file:  # over what a stopped run may have left
         for piece in (len(text).to_bytes(8, "little"), text):
             digest.update(piece)
             file.write(piece)
@@ -137,10 +172,10 @@ def _check_room(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, "")
 
 
-def _check_sizes(data: Path, files: Sequence[tuple[int, str]]) -> None:
+def _check_sizes(data: Path, part: int, files: Sequence[tuple[int, str]]) -> None:
     """Raise OSError unless every rank's file is here as that rank wrote it."""
     for rank, (size, _) in enumerate(files):
-        if (data / file_name(rank)).stat().st_size != size:
+        if (data / file_name(part, rank)).stat().st_size != size:
             raise OSError(errno.EIO, "")
     _sync(data)
 

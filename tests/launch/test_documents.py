@@ -8,6 +8,7 @@ import json
 import pytest
 
 from launch.generate import main
+from ringstar import LongContext
 
 QUESTION = "question=What's the ship's name?"
 THREADS = ["transport=threads", "transport.threads_per_rank=1"]
@@ -60,10 +61,54 @@ def test_so_it_is_by_processes(run, chat, kept, tmp_path):
     assert result["answer"] == first["answer"]
 
 
+def test_an_encode_with_checkpoints_is_the_same_and_takes_up_what_is_there(
+    run, chat, book, kept, tmp_path, monkeypatch
+):
+    folder = tmp_path / "in parts"
+    given = [f"model.path={chat}", f"document.path={book}", f"document.save={folder}"]
+    given += [*THREADS, "document.checkpoint_every=2", "encode.chunk_tokens=20"]
+    write, parts = LongContext._write, []
+
+    def stops(*arguments):
+        parts.append(1)
+        if len(parts) == 3:
+            raise RuntimeError("the power failed")
+        return write(*arguments)
+
+    monkeypatch.setattr(LongContext, "_write", stops)
+    _, err = run(*given, "transport.world_size=3", status=1)
+    assert "the power failed" in err and not folder.exists()
+    monkeypatch.undo()
+    result, err = run(*given, "transport.world_size=2")
+    assert "240 of" in err and "tokens are encoded already" in err
+    assert result["answer"] == kept[1]["answer"]
+    loading = [f"model.path={chat}", f"document.load={folder}", *THREADS]
+    assert run(*loading)[0]["answer"] == kept[1]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["document.checkpoint_every=2"], "document.checkpoint_every=2: needs document.save"),
+        (
+            ["document.checkpoint_every=0", "document.save=a"],
+            "document.checkpoint_every=0: allowed",
+        ),
+        (
+            ["document.checkpoint_every=2", "document.save=a", "strategy=star"],
+            "document.checkpoint_every=2: star encodes in any order",
+        ),
+    ],
+)
+def test_wrong_checkpoints_are_refused(more, why, run, chat, book):
+    _, err = run(f"model.path={chat}", f"document.path={book}", *more, status=2)
+    assert why in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("nproc", [[], ["launch.nproc=2"]])
 def test_a_damaged_document_is_one_line(run, chat, kept, nproc):
     folder, _ = kept
-    file = next(folder.glob("data-*/rank-00002*"))
+    file = next(folder.glob("data-*/*rank-00002*"))
     content = bytearray(file.read_bytes())
     content[-7] ^= 4
     file.write_bytes(content)

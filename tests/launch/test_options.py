@@ -25,6 +25,7 @@ from launch.outputs import resolved_config
 from ringstar.config import Config
 
 OPTIONS = [
+    "document.checkpoint_every",
     "document.ids_path",
     "document.load",
     "document.path",
@@ -74,7 +75,7 @@ ASK_OPTIONS = sorted(
 )
 COMPARE_OPTIONS = sorted(
     {key for key in OPTIONS if not key.startswith("strategy.")}
-    - {"document.load", "document.save", "output.first_logits"}
+    - {"document.checkpoint_every", "document.load", "document.save", "output.first_logits"}
     - {"generation.seed", "generation.temperature", "generation.top_p"}
     | {
         "compare.needle_trials",

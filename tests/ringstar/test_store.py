@@ -204,9 +204,10 @@ def rewritten(folder, **changes):
         ({"format": "a cake"}, "it is not that of a ringstar document"),
         ({"data": "../elsewhere"}, "it names the folder '../elsewhere'"),
         ({"data": "/etc"}, "it names the folder '/etc'"),
+        ({"parts": []}, "its length is not that of its tokens"),
         ({"files": []}, "its ranks do not agree"),
-        ({"tokens": 5}, "its tokens are not those of its ranks"),
-        ({"tokens": 0}, "its tokens are not those of its ranks"),
+        ({"stop": 5}, "its tokens are not those of its ranks"),
+        ({"stop": 0}, "its tokens are not those of its ranks"),
         ({"length": 3}, "its length is not that of its tokens"),
         ({"owned": [[[0, 101, 0]], []]}, "its positions are not such"),
         ({"dtype": "bfloat16"}, "was encoded with another dtype: bfloat16, here float32"),
@@ -218,27 +219,28 @@ def rewritten(folder, **changes):
     ],
 )
 def test_manifests_of_something_else_are_refused(changes, message, saved):
-    rewritten(saved, **changes)
+    (part,) = json.loads((saved / manifests.NAME).read_bytes())["parts"]
+    of_part = {key: changes.pop(key) for key in set(changes) & {"stop", "owned", "files"}}
+    rewritten(saved, **({"parts": [{**part, **of_part}]} if of_part else {}), **changes)
     with pytest.raises(UserError, match=r"document\.load=.*" + message):
         reload(saved)
 
 
 def test_a_length_claimed_in_a_header_is_not_believed(saved):
     """The checksum is made right, as a forger would."""
-    file = next(saved.glob("data-*/rank-00001*"))
+    file = next(saved.glob("data-*/*rank-00001*"))
     forged = (10 << 30).to_bytes(8, "little") + file.read_bytes()[8:]
     file.write_bytes(forged)
     body = json.loads((saved / manifests.NAME).read_bytes())
-    files = body["files"]
-    files[1] = list(ringstar.store.read._checksum(file))
-    rewritten(saved, files=files)
+    body["parts"][0]["files"][1] = list(ringstar.store.read._checksum(file))
+    rewritten(saved, parts=body["parts"])
     with pytest.raises(UserError, match="does not hold what the manifest says"):
         reload(saved)
 
 
 def test_a_missing_file_is_named(saved):
-    next(saved.glob("data-*/rank-00001*")).unlink()
-    with pytest.raises(UserError, match=r"damaged: data-\w+/rank-00001\.safetensors"):
+    next(saved.glob("data-*/*rank-00001*")).unlink()
+    with pytest.raises(UserError, match=r"damaged: data-\w+/part-00000-rank-00001\.saf"):
         reload(saved)
 
 
