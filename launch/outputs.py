@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from launch.faults import Fault
 from ringstar.config import Config, OutputConfig
 from ringstar.errors import UserError
+from ringstar.files import write_atomically
 
 
 def check_writable(output: OutputConfig) -> None:
@@ -41,21 +41,6 @@ def check_file(key: str, value: str) -> None:
 def config_path(path: str) -> Path:
     """Where the resolved config goes: beside the result."""
     return Path(path).expanduser().with_suffix(".config.yaml")
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """The file appears whole; a failure leaves what was there before."""
-    target = Path(path).expanduser().resolve()  # a link stays a link
-    making = target.parent / f".ringstar-{uuid.uuid4().hex}"
-    try:
-        with making.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(making, target)
-    except BaseException:
-        making.unlink(missing_ok=True)
-        raise
 
 
 def write_results(config: Config, result: dict[str, Any], first_logits_V: Tensor) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from ringstar.config import (
     Config,
     DenseConfig,
-    KernelConfig,
     ModelConfig,
     RingConfig,
     RopeConfig,
@@ -22,7 +21,7 @@ from ringstar.config import (
     StrategyConfig,
     TransportConfig,
     check,
-    strategy_config,
+    config_of,
 )
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError, in_a_line
@@ -294,24 +293,22 @@ def attach(
     Raises:
         UserError: a setting, or a model that cannot be run exactly, by name.
     """
-    chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
-    if not isinstance(chosen, RingConfig | StarConfig | DenseConfig):
+    if not isinstance(strategy, str | RingConfig | StarConfig | DenseConfig):
         raise UserError("strategy", strategy, "allowed: ring, star, dense, or a config of one")
-    if strategy == "ring":
-        chosen = RingConfig(layout=layout)
-    elif layout != "zigzag":
+    if strategy != "ring" and layout != "zigzag":
         raise UserError("layout", layout, 'is of strategy="ring"; allowed: RingConfig(layout=...)')
     if query_tokens is not None and (not isinstance(query_tokens, int) or query_tokens < 1):
         raise UserError("query_tokens", query_tokens, "allowed: 1 or more")
     named = transport if isinstance(transport, str) else "auto"
-    config = Config(
-        strategy=chosen,
-        transport=TransportConfig(named, world_size, timeout_s, threads_per_rank),
-        kernel=KernelConfig(kernel),
-        rope=RopeConfig(rope_precision),
-        model=ModelConfig(dtype=str(getattr(model, "dtype", "")).removeprefix("torch.")),
+    config = config_of(
+        strategy,
+        layout,
+        TransportConfig(named, world_size, timeout_s, threads_per_rank),
+        kernel,
+        ModelConfig(dtype=str(getattr(model, "dtype", "")).removeprefix("torch.")),
+        RopeConfig(rope_precision),
+        chunk_tokens,
     )
-    config.encode.chunk_tokens = chunk_tokens
     ranks = None if isinstance(transport, str) else transport
     return Attached(model, config, ranks, query_tokens, on_progress)
 

@@ -268,6 +268,24 @@ class ComparisonConfig(Config):
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
+def config_of(
+    strategy: str | StrategyConfig,
+    layout: str,
+    transport: TransportConfig,
+    kernel: str,
+    model: ModelConfig,
+    rope: RopeConfig,
+    chunk_tokens: int,
+) -> Config:
+    """The config of what Python's callers give by name; `layout` is of strategy `ring`."""
+    chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
+    if strategy == "ring":
+        chosen = RingConfig(layout=layout)
+    config = Config(chosen, transport, KernelConfig(kernel), model, rope)
+    config.encode.chunk_tokens = chunk_tokens
+    return config
+
+
 def check(config: Config) -> None:
     """Raise UserError for the first value that no run could use."""
     for key, value, good, allowed in _rules(config):

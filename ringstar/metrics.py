@@ -40,6 +40,12 @@ def gather_integers(transport: Transport, mine: Sequence[int]) -> list[list[int]
     return everyone.T.tolist()
 
 
+def slowest(transport: Transport, seconds: float) -> float:
+    """The longest time of any rank, on every rank; seconds."""
+    (nanoseconds,) = gather_integers(transport, [round(seconds * 1e9)])
+    return max(nanoseconds) / 1e9
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":

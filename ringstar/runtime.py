@@ -18,7 +18,6 @@ from ringstar.answers import Answer, collect
 from ringstar.config import (
     Config,
     GenerationConfig,
-    KernelConfig,
     ModelConfig,
     RingConfig,
     RopeConfig,
@@ -27,14 +26,14 @@ from ringstar.config import (
     TransportConfig,
     check,
     check_generation,
+    config_of,
     saved_strategy,
-    strategy_config,
     strategy_settings,
 )
 from ringstar.conversation import Conversation
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
-from ringstar.metrics import RankMetrics, gather_integers, gather_metrics
+from ringstar.metrics import RankMetrics, gather_metrics, slowest
 from ringstar.models import ModelFacts, ModelFiles, choose_dtype, choose_rope_precision, find_model
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.shard import TextShard
@@ -166,18 +165,16 @@ class LongContext:
         Raises:
             UserError: a setting, or a model that cannot be run exactly, by name.
         """
-        chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
-        if strategy == "ring":
-            chosen = RingConfig(layout=layout)
         named = transport if isinstance(transport, str) else "auto"
-        config = Config(
-            strategy=chosen,
-            transport=TransportConfig(named, world_size, timeout_s, threads_per_rank),
-            kernel=KernelConfig(kernel),
-            model=ModelConfig(path=path, dtype=dtype, allow_beyond_limit=allow_beyond_limit),
-            rope=rope or RopeConfig(),
+        config = config_of(
+            strategy,
+            layout,
+            TransportConfig(named, world_size, timeout_s, threads_per_rank),
+            kernel,
+            ModelConfig(path=path, dtype=dtype, allow_beyond_limit=allow_beyond_limit),
+            rope or RopeConfig(),
+            chunk_tokens,
         )
-        config.encode.chunk_tokens = chunk_tokens
         return cls.from_config(config, None if isinstance(transport, str) else transport)
 
     @classmethod
@@ -240,22 +237,21 @@ class LongContext:
         for document in ids:
             check_fits(config, files, self.world_size, len(document))
             self._say(describe(chosen, len(document), self.world_size))
-        quiet: OnProgress = lambda _: None  # noqa: E731
 
-        def encode(transport: Transport) -> tuple[list[TextShard], list[RankMetrics], int]:
+        def encode(transport: Transport) -> tuple[list[TextShard], list[RankMetrics], float]:
             transport.check_agreement("strategy", chosen)
-            report = on_progress if on_progress and transport.rank == 0 else quiet
+            report = _on_rank_0(transport, on_progress)
             made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
             shards, cost = self._engines[transport.rank].encode(ids, made, report, lengths or ())
-            (took,) = gather_integers(transport, [round(cost.seconds * 1e9)])
+            took_s = slowest(transport, cost.seconds)
             metrics = [
                 gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent) for shard in shards
             ]
-            return shards, metrics, max(took)
+            return shards, metrics, took_s
 
-        by_rank, (metrics, *_), (took, *_) = zip(*self.ranks.run(encode), strict=True)
+        by_rank, (metrics, *_), (took_s, *_) = zip(*self.ranks.run(encode), strict=True)
         return [
-            Document(document, chosen, took / 1e9, figures, list(shards), self)
+            Document(document, chosen, took_s, figures, list(shards), self)
             for document, figures, shards in zip(
                 ids, metrics, zip(*by_rank, strict=True), strict=True
             )
@@ -283,12 +279,11 @@ class LongContext:
         length = max(document.shards[0].length, total)
         self._check_rope(document, length, "encode the whole anew")
         document.shards.clear()
-        quiet: OnProgress = lambda _: None  # noqa: E731
 
-        def append(transport: Transport) -> tuple[RankMetrics, int]:
+        def append(transport: Transport) -> tuple[RankMetrics, float]:
             transport.check_agreement("document", ids)
             started, sent = time.perf_counter(), transport.counters.bytes_sent
-            report = on_progress if on_progress and transport.rank == 0 else quiet
+            report = _on_rank_0(transport, on_progress)
             made = make_strategy(
                 document.strategy, self.config.encode, transport, self.files.vocab_size
             )
@@ -297,13 +292,13 @@ class LongContext:
             self._engines[transport.rank].extend([shard], [ids], made, report)
             shard.keep()
             sent = transport.counters.bytes_sent - sent
-            (took,) = gather_integers(transport, [round((time.perf_counter() - started) * 1e9)])
-            return gather_metrics(transport, shard.cache.nbytes, sent), max(took)
+            took_s = slowest(transport, time.perf_counter() - started)
+            return gather_metrics(transport, shard.cache.nbytes, sent), took_s
 
-        metrics, took = self.ranks.run(append)[0]
+        metrics, took_s = self.ranks.run(append)[0]
         whole = [*document.ids, *ids]
         return replace(
-            document, ids=whole, encode_s=took / 1e9, metrics=metrics, shards=list(shards.values())
+            document, ids=whole, encode_s=took_s, metrics=metrics, shards=list(shards.values())
         )
 
     def ask(
@@ -516,20 +511,20 @@ class LongContext:
             if wrong is not None:
                 return None, None, wrong
             shard, wrong = read_shard(transport, path, manifest, layout, room)
-            (took,) = gather_integers(transport, [round((time.perf_counter() - started) * 1e9)])
-            return shard, (gather_metrics(transport, shard.cache.nbytes, 0), max(took)), wrong
+            took_s = slowest(transport, time.perf_counter() - started)
+            return shard, (gather_metrics(transport, shard.cache.nbytes, 0), took_s), wrong
 
         shards, (figures, *_), (wrong, *_) = zip(*self.ranks.run(load), strict=True)
         if wrong is not None:
             raise UserError("document.load", folder, wrong)
-        metrics, took = figures
+        metrics, took_s = figures
         ids = read_ids(path, manifest)
         saved_by = ", ".join(str(n) for n in sorted({len(p.files) for p in manifest.parts}))
         self._say(
             f"document of {len(ids):,} tokens loaded from {folder}: encoded by {chosen.name} over"
             f" {saved_by} ranks, dealt to {self.world_size}"
         )
-        return Document(ids, chosen, took / 1e9, metrics, list(shards), self)
+        return Document(ids, chosen, took_s, metrics, list(shards), self)
 
     def _identity(self) -> dict[str, str]:
         """What KV depends on, beside the tokens and the strategy."""
@@ -590,6 +585,11 @@ class LongContext:
                 if line not in self._said:
                     log.info(line)
                 self._said.add(line)
+
+
+def _on_rank_0(transport: Transport, report: OnProgress | None) -> OnProgress:
+    """What to call with progress: on other ranks, nobody."""
+    return report if report is not None and transport.rank == 0 else lambda _: None
 
 
 def _part_of(report: OnProgress | None, done: int, tokens: int, total: int) -> OnProgress | None:

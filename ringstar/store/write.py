@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringstar.errors import UserError
+from ringstar.files import UNFINISHED, write_atomically
 from ringstar.metrics import gather_integers
 from ringstar.shard import TextShard
 from ringstar.store.manifest import DATA, NAME, Manifest, Part, file_name, kept, tensor_name
@@ -31,8 +32,6 @@ DTYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
 }
-# a manifest that is being written
-_MAKING = f".{NAME}-"
 _FOREIGN = errno.ENOTEMPTY  # the folder holds something else
 
 
@@ -73,7 +72,8 @@ def write_shards(
         parts = (*(before.parts if before else ()), Part(shard.tokens, owned, files))
         own = {"length": shard.length, "layers": shard.cache.layers, "parts": parts}
         manifest = Manifest(**{**facts, **own, "data": data.name})
-        _replace(folder / NAME, manifest.to_json())
+        write_atomically(folder / NAME, manifest.to_json())
+        _sync(folder)
         _sweep(folder, data)
 
     wrong = _first_wrong(transport, lambda: _check_room(folder, needed), only=0)
@@ -165,11 +165,16 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
 def _check_room(folder: Path, needed: int) -> None:
     """Raise OSError unless `folder` is a place for a document of so many bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    others = [p for p in folder.iterdir() if p.name != NAME and not DATA.fullmatch(p.name)]
-    if others and not (folder / NAME).exists():
+    if any(map(_foreign, folder.iterdir())) and not (folder / NAME).exists():
         raise OSError(_FOREIGN, "")
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, "")
+
+
+def _foreign(path: Path) -> bool:
+    """Whether no save, finished or stopped, has left this."""
+    ours = path.name == NAME or path.name.startswith(UNFINISHED) or DATA.fullmatch(path.name)
+    return not ours
 
 
 def _check_sizes(data: Path, part: int, files: Sequence[tuple[int, str]]) -> None:
@@ -178,20 +183,6 @@ def _check_sizes(data: Path, part: int, files: Sequence[tuple[int, str]]) -> Non
         if (data / file_name(part, rank)).stat().st_size != size:
             raise OSError(errno.EIO, "")
     _sync(data)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    making = path.with_name(f"{_MAKING}{secrets.token_hex(8)}")
-    try:
-        with making.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(making, path)
-    except BaseException:
-        making.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -220,7 +211,7 @@ def _sweep(folder: Path, data: Path) -> None:
     for path in folder.iterdir():
         if DATA.fullmatch(path.name) and path != data:
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(_MAKING):
+        elif path.name.startswith(UNFINISHED):
             path.unlink(missing_ok=True)
 
 

@@ -23,8 +23,8 @@ import launch.generate
 from launch.generate import main
 from launch.inputs import standard_input_kept
 from launch.options import parse
-from launch.outputs import write_atomically
 from ringstar.engine import RankEngine
+from ringstar.files import write_atomically
 
 THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
 SAMPLED = ["generation.temperature=1.5", "generation.top_p=0.9", "generation.seed=3"]

@@ -343,6 +343,15 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_old_copy(call, saved, monkeyp
     intact(saved, 55)
 
 
+def test_a_first_save_that_was_killed_is_in_nobodys_way(tmp_path):
+    """What it left: a folder of data, and half a manifest."""
+    (tmp_path / "data-0123456789abcdef").mkdir()
+    (tmp_path / ".ringstar-0123").write_text("{")
+    ring = runtime(tiny_folder("llama"))
+    ring.save(encoded(ring), str(tmp_path))
+    intact(tmp_path, DOCUMENT)
+
+
 def test_other_folders_are_left_alone(tmp_path):
     ring = runtime(tiny_folder("llama"))
     (tmp_path / "letter.txt").write_text("dear")
