@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from torch import Tensor
+
+from localflash import KV
 from seqpar import (
     Runs,
     Step,
@@ -17,6 +20,7 @@ from seqpar import (
     side_by_side,
     tiles,
     token_count,
+    token_nbytes,
     travels,
     visible,
 )
@@ -27,19 +31,29 @@ PastBy = Literal["none", "kv", "queries"]
 _remembered = lru_cache(maxsize=256)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What decides how the past is reached: the sizes of one layer's heads."""
+    """What decides how the past is reached: what one token costs on the wire in one layer.
+
+    `itemsize`: bytes of a number of the queries; `kv_bytes`: of a token's KV in the form in which
+    it travels, scales included.
+    """
 
     heads: int
-    kv_heads: int
     head_dim: int
     itemsize: int
+    kv_bytes: int
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of one token's KV on the wire, in the model's dtype."""
-        return 2 * self.kv_heads * self.head_dim * self.itemsize
+    @staticmethod
+    def of(q_BTHD: Tensor, kv: KV) -> Costs:
+        """Those of such queries and of KV in this form, of however many tokens."""
+        heads, head_dim = q_BTHD.shape[2:]
+        return Costs(
+            heads=heads,
+            head_dim=head_dim,
+            itemsize=q_BTHD.element_size(),
+            kv_bytes=token_nbytes(kv),
+        )
 
     @property
     def query_bytes(self) -> int:
@@ -120,9 +134,9 @@ class ExtendPlan:
         """What a ring pass over the new KV allocates on this rank, at most, in bytes.
 
         Two transfer buffers of the largest share, the running float32 partial, and what the
-        local kernel takes for its largest tile.  Nothing here depends on the number of ranks
-        (from 2 up) or on the length of the document, for given shares.  The paper's 6·b·c·h
-        counts 16-bit activations of blocks with as many KV heads as query heads.
+        local kernel takes for its largest tile, widened KV included.  Nothing here depends on
+        the number of ranks (from 2 up) or on the length of the document, for given shares.  The
+        paper's 6·b·c·h counts 16-bit activations of blocks with as many KV heads as query heads.
         """
         receives = any(step.receive for step in self.new_steps())
         buffers = 2 * largest_share(self.new) * costs.kv_bytes if receives else 0

@@ -5,49 +5,57 @@ instead of a long past follows Yang et al., "Context Parallelism for Scalable Mi
 Inference", section 3.
 
 B batch, T local tokens, H query heads, K key/value heads (H % K == 0), D head dim.
-Partials are float32 (float64 for float64 input); KV travels in its own dtype, heads unrepeated.
+Partials are float32 (float64 for float64 input); KV travels in the form in which it is kept,
+heads unrepeated.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from localflash import DenseKV, Partial, empty_partial, merge_into
+from localflash import KV, Partial, empty_partial, merge_into
 from ringattn.plan import ExtendPlan, PackedPlan, PastBy, QueryStep, largest_share
-from seqpar import Attend, Handle, Step, Transport, accumulate_tiles, rows_of
+from seqpar import (
+    Attend,
+    Handle,
+    Step,
+    Transport,
+    accumulate_tiles,
+    kv_over,
+    kv_room,
+    rows_of,
+    token_nbytes,
+)
 
 
 class KVBuffers:
     """The two transfer buffers of a ring pass: one is read while the other is filled.
 
     Both exist from the first transfer on, so that a rank's peak does not depend on how many
-    others there are.  They are kept from layer to layer and grow to the largest shard.
+    others there are.  They are kept from layer to layer and grow to the largest shard, whatever
+    the form of the KV in them.
     """
 
     def __init__(self) -> None:
-        self._flat: list[Tensor] = []
+        self._rooms: list[Tensor] = []
         self._turn = 0
 
-    def arriving(self, like: DenseKV, tokens: int, capacity: int) -> DenseKV:
-        """The buffer that is free now, shaped for `tokens` of at most `capacity`."""
-        shapes = [(t.shape[0], tokens, *t.shape[2:]) for t in (like.k_BTHD, like.v_BTHD)]
-        per_token = sum(t.shape[0] * t.shape[2] * t.shape[3] for t in (like.k_BTHD, like.v_BTHD))
-        if not self._flat or self._flat[0].numel() < capacity * per_token:
-            self._flat = []
-            self._flat = [like.k_BTHD.new_empty(capacity * per_token) for _ in range(2)]
+    def arriving(self, like: KV, tokens: int, capacity: int) -> KV:
+        """The buffer that is free now, for `tokens` of at most `capacity` tokens like these."""
+        needed = like.batch * capacity * token_nbytes(like)
+        if not self._rooms or self._rooms[0].nbytes < needed:
+            self._rooms = []
+            self._rooms = [kv_room(like, capacity) for _ in range(2)]
         self._turn = 1 - self._turn
-        sizes = [math.prod(shape) for shape in shapes]
-        k, v = self._flat[self._turn][: sum(sizes)].split(sizes)
-        return DenseKV(k.view(shapes[0]), v.view(shapes[1]))
+        return kv_over(self._rooms[self._turn], like, tokens)
 
     @property
     def nbytes(self) -> int:
-        return sum(flat.numel() * flat.element_size() for flat in self._flat)
+        return sum(room.nbytes for room in self._rooms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ class Ring:
 
 
 def ring_pass(
-    q_BTHD: Tensor, kv: DenseKV, steps: tuple[Step, ...], into: Partial, ring: Ring, capacity: int
+    q_BTHD: Tensor, kv: KV, steps: tuple[Step, ...], into: Partial, ring: Ring, capacity: int
 ) -> None:
     """Local queries against the KV of every rank, accumulated `into` a running partial.
 
@@ -69,7 +77,8 @@ def ring_pass(
     held = kv
     for step in steps:
         arriving = ring.buffers.arriving(kv, step.receive, capacity) if step.receive else None
-        transfer = ring.transport.shift(_pair(held) if step.send else [], _pair(arriving))
+        sent = held.tensors if step.send else ()
+        transfer = ring.transport.shift(sent, arriving.tensors if arriving else ())
         ring.transport.mark("attend", source=step.source)
         accumulate_tiles(q_BTHD, held, step.tiles, into, ring.attend)
         transfer.wait()
@@ -77,7 +86,7 @@ def ring_pass(
 
 
 def query_pass(
-    q_BTHD: Tensor, past: DenseKV, steps: tuple[QueryStep, ...], into: Partial, ring: Ring
+    q_BTHD: Tensor, past: KV, steps: tuple[QueryStep, ...], into: Partial, ring: Ring
 ) -> None:
     """The same product with the KV at rest: queries travel, and their partials come home."""
     held = q_BTHD
@@ -110,13 +119,13 @@ def _merge_home(coming: list[tuple[Handle, Partial | tuple[()]]], into: Partial)
 class Past(NamedTuple):
     """What this rank holds of a text from earlier, and how new queries of the text reach it."""
 
-    kv: DenseKV
+    kv: KV
     by: PastBy
 
 
 def extend(
     q_BTHD: Tensor,
-    new: DenseKV,
+    new: KV,
     pasts: Sequence[Past],
     plan: PackedPlan,
     ring: Ring,
@@ -141,10 +150,6 @@ def _past_pass(
         ring_pass(q_BTHD, past.kv, plan.past_kv_steps(window), into, ring, largest_share(seen))
     elif past.by == "queries":
         query_pass(q_BTHD, past.kv, plan.past_query_steps(window), into, ring)
-
-
-def _pair(kv: DenseKV | None) -> list[Tensor]:
-    return [kv.k_BTHD, kv.v_BTHD] if kv else []
 
 
 def _like(q_BTHD: Tensor, tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from localflash import DenseKV, Partial
+from localflash import KV, Partial
 from ringattn.plan import Costs, ExtendPlan, PackedPlan, PastBy
 from ringattn.prefill import KVBuffers, Past, Ring, extend
 from seqpar import (
@@ -66,17 +66,15 @@ class RingExtension:
         self,
         layer: int,
         q_BTHD: Tensor,
-        new: DenseKV,
-        pasts: Sequence[DenseKV],
+        new: KV,
+        pasts: Sequence[KV],
         *,
         window: int | None,
         attend: Attend,
     ) -> Partial:
         """One layer's attention for this rank's new tokens; float32, complete over all keys."""
-        heads, (kv_heads, head_dim) = q_BTHD.shape[2], new.k_BTHD.shape[2:]
-        costs = Costs(heads, kv_heads, head_dim, q_BTHD.element_size())
         reached = [
-            Past(past, self._past_by(text, costs, window))
+            Past(past, self._past_by(text, Costs.of(q_BTHD, past), window))
             for text, past in zip(self.plan.texts, pasts, strict=True)
         ]
         ring = Ring(self.transport, attend, self.buffers)

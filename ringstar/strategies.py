@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from localflash import DenseKV, Partial
+from localflash import KV, Partial
 from ringattn import RingStrategy
 from ringstar.config import EncodeConfig, RingConfig, StarConfig, StrategyConfig
 from ringstar.errors import UserError
@@ -34,8 +34,8 @@ class Extension(Protocol):
         self,
         layer: int,
         q_BTHD: Tensor,
-        new: DenseKV,
-        pasts: Sequence[DenseKV],
+        new: KV,
+        pasts: Sequence[KV],
         *,
         window: int | None,
         attend: Attend,

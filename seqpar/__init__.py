@@ -3,6 +3,7 @@
 from seqpar.layout import Layout, LayoutKind, Run, Runs, clip, joined, positions, token_count
 from seqpar.local import Attend, accumulate_tiles, rows_of
 from seqpar.packing import Part, Span, cut, packed_steps, side_by_side
+from seqpar.room import kv_over, kv_room, token_nbytes
 from seqpar.schedule import Step, Tile, Work, pairs, ring_steps, tiles, travels, visible
 from seqpar.softmax import Held, attend_sharded, merge_across_ranks, query_attention
 from seqpar.threads import Link, ThreadTransport, ThreadWorld
@@ -34,6 +35,8 @@ __all__ = [
     "clip",
     "cut",
     "joined",
+    "kv_over",
+    "kv_room",
     "merge_across_ranks",
     "packed_steps",
     "pairs",
@@ -44,6 +47,7 @@ __all__ = [
     "side_by_side",
     "tiles",
     "token_count",
+    "token_nbytes",
     "travels",
     "visible",
 ]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from localflash import Band, DenseKV, Partial
+from localflash import KV, Band, Partial, empty_partial, from_key
 from seqpar.schedule import Tile
 
 
@@ -23,13 +23,22 @@ class Attend(Protocol):
 
 
 def accumulate_tiles(
-    q_BTHD: Tensor, kv: DenseKV, tiles: Sequence[Tile], into: Partial, attend: Attend
+    q_BTHD: Tensor, kv: KV, tiles: Sequence[Tile], into: Partial, attend: Attend
 ) -> None:
     """Accumulate each tile into the rows that it concerns."""
     for tile in tiles:
-        part = kv.slice(tile.k.start, tile.k.stop)
-        rows = rows_of(into, tile.q)
-        attend(q_BTHD[:, tile.q], part.k_BTHD, part.v_BTHD, tile.band, into=rows)
+        q, rows = q_BTHD[:, tile.q], rows_of(into, tile.q)
+        seen = kv.slice(tile.k.start, tile.k.stop)
+        for _, start, k_BTHD, v_BTHD in seen.segments(q_BTHD.dtype):
+            attend(q, k_BTHD, v_BTHD, from_key(tile.band, start), into=rows)
+
+
+def attend_all(q_BTHD: Tensor, kv: KV, attend: Attend) -> Partial:
+    """Every query against every key; KV of one segment takes one call, merged into nothing."""
+    running: Partial | None = None
+    for _, _, k_BTHD, v_BTHD in kv.segments(q_BTHD.dtype):
+        running = attend(q_BTHD, k_BTHD, v_BTHD, None, into=running)
+    return empty_partial(q_BTHD) if running is None else running
 
 
 def rows_of(partial: Partial, rows: slice) -> Partial:

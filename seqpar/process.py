@@ -81,6 +81,7 @@ class ProcessTransport(Transport):
         self._store.set(f"phase/{dist.get_rank()}", phase)
 
     def _shift(self, send: list[Tensor], to: int, into: list[Tensor], source: int) -> Handle:
+        send, into = [_on_wire(t) for t in send], [_on_wire(t) for t in into]
         if to == self.rank:
             for tensor, target in zip(send, into, strict=True):
                 target.copy_(tensor)
@@ -95,6 +96,7 @@ class ProcessTransport(Transport):
         return _Works(self, works, outgoing, incoming, into)
 
     def _all_gather(self, tensor: Tensor, into: Tensor) -> Handle:
+        tensor, into = _on_wire(tensor), _on_wire(into)
         (outgoing,), (incoming,) = self._outgoing([tensor]), self._incoming([into])
         if self._small(outgoing):
             incoming[self.rank].copy_(outgoing)
@@ -122,6 +124,7 @@ class ProcessTransport(Transport):
         return _Together(handles)
 
     def _broadcast(self, tensor: Tensor, root: int) -> Handle:
+        tensor = _on_wire(tensor)
         (moved,) = self._incoming([tensor], keep=True)
         if self._small(moved):
             others = [rank for rank in range(self.world_size) if rank != root]
@@ -158,6 +161,11 @@ class ProcessTransport(Transport):
 
     def _faults_named(self) -> _NamedFaults:
         return _NamedFaults(self)
+
+
+def _on_wire(tensor: Tensor) -> Tensor:
+    """The same memory in a dtype that every library carries: gloo, for one, refuses float8."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 class _NamedFaults:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import localflash
-from localflash import Band, DenseKV, Partial, empty_partial, merge_many
-from seqpar.local import Attend, accumulate_tiles, rows_of
+from localflash import KV, Band, Partial, empty_partial, merge_many
+from seqpar.local import Attend, accumulate_tiles, attend_all, rows_of
 from seqpar.schedule import Tile
 from seqpar.transport import Transport
 
@@ -23,7 +23,7 @@ class Held(NamedTuple):
     """What a rank holds of one text, and the calls for the query tokens `rows` of that text."""
 
     rows: slice
-    kv: DenseKV
+    kv: KV
     tiles: Sequence[Tile]
 
 
@@ -34,8 +34,7 @@ def attend_sharded(
     kv, tiles = texts[0].kv, texts[0].tiles
     all_of_it = (Tile(slice(0, q_BTHD.shape[1]), slice(0, kv.tokens), None),)
     if len(texts) == 1 and tuple(tiles) == all_of_it:
-        # decoding: one call, and nothing to merge it into
-        own = attend(q_BTHD, kv.k_BTHD, kv.v_BTHD, None)
+        own = attend_all(q_BTHD, kv, attend)  # decoding
     else:
         own = empty_partial(q_BTHD)
         for rows, kv, tiles in texts:

@@ -5,15 +5,15 @@ alters no result: an anchor's KV does not depend on the block behind it, so it i
 on rank 0, and broadcast layer by layer while every rank attends its blocks to themselves.
 
 B batch, T tokens of a pass, H query heads, K key/value heads (H % K == 0), D head dim.
-Partials are float32 (float64 for float64 input); KV travels in its own dtype.
+Partials are float32 (float64 for float64 input); KV travels in the form in which it is kept.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from localflash import DenseKV, Partial, empty_partial
-from seqpar import Attend, Done, Handle, Transport, accumulate_tiles
+from localflash import KV, Partial, empty_partial
+from seqpar import Attend, Done, Handle, Transport, accumulate_tiles, kv_over, kv_room
 from starattn.plan import Pass
 
 
@@ -28,20 +28,23 @@ class AnchorKV:
         self._tokens = tokens
         self._packed: dict[int, Tensor] = {}
 
-    def packed(self, layer: int, like: DenseKV, step: Pass) -> Tensor:
-        """k and v of `layer` as one tensor (2, B, anchor tokens, K, D)."""
+    def packed(self, layer: int, like: KV, step: Pass) -> Tensor:
+        """The bytes of `layer`: all tensors of the anchor's KV end to end, for one broadcast."""
         place = layer if step.several else -1
         if place not in self._packed:
-            batch, _, heads, dim = like.k_BTHD.shape
-            self._packed[place] = like.k_BTHD.new_empty(2, batch, self._tokens, heads, dim)
+            self._packed[place] = kv_room(like, self._tokens)
         return self._packed[place]
+
+    def of(self, layer: int, like: KV, step: Pass) -> KV:
+        """The anchor's KV of `layer`, over those bytes, in the form of `like`."""
+        return kv_over(self.packed(layer, like, step), like, self._tokens)
 
 
 def encode_layer(
     layer: int,
     q_BTHD: Tensor,
-    new: DenseKV,
-    past: DenseKV,
+    new: KV,
+    past: KV,
     step: Pass,
     anchors: AnchorKV,
     transport: Transport,
@@ -59,19 +62,17 @@ def encode_layer(
     arriving.wait()
     if step.anchor:
         transport.mark("attend anchor")
-        k_BTHD, v_BTHD = anchors.packed(layer, new, step)
-        accumulate_tiles(q_BTHD, DenseKV(k_BTHD, v_BTHD), step.anchor, into, attend)
+        accumulate_tiles(q_BTHD, anchors.of(layer, new, step), step.anchor, into, attend)
     return into
 
 
-def _pass_on(
-    layer: int, new: DenseKV, step: Pass, anchors: AnchorKV, transport: Transport
-) -> Handle:
+def _pass_on(layer: int, new: KV, step: Pass, anchors: AnchorKV, transport: Transport) -> Handle:
     """Put the anchor tokens of this pass where later passes and other ranks find them."""
     if len(step.made):
-        made, packed = step.made, anchors.packed(layer, new, step)
-        for place, tensor in zip(packed, (new.k_BTHD, new.v_BTHD), strict=True):
-            place[:, made.start : made.stop].copy_(tensor[:, : len(made)])
+        places = anchors.of(layer, new, step).slice(step.made.start, step.made.stop)
+        made = new.slice(0, len(step.made))
+        for place, tensor in zip(places.tensors, made.tensors, strict=True):
+            place.copy_(tensor)
     if not step.shares:
         return Done()
     return transport.broadcast(anchors.packed(layer, new, step), root=0)

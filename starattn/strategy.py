@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from localflash import DenseKV, Partial
+from localflash import KV, Partial
 from seqpar import Attend, Part, Run, Runs, Span, Transport, Work, token_count
 from starattn.anchors import Anchor
 from starattn.blocks import Blocks, make_blocks
@@ -67,8 +67,8 @@ class StarExtension:
         self,
         layer: int,
         q_BTHD: Tensor,
-        new: DenseKV,
-        pasts: Sequence[DenseKV],
+        new: KV,
+        pasts: Sequence[KV],
         *,
         window: int | None,
         attend: Attend,

@@ -151,7 +151,9 @@ def test_bytes_are_those_of_the_table():
         assert sent == [layers * hop * kv for hop in hops]
         runs = tuple(Layout(layout, 0, share * world, world).runs(r) for r in range(world))
         plan = ExtendPlan(1, runs, ((),) * world)  # contiguous: rank 0 receives nothing
-        added = plan.pass_bytes(Costs(heads, kv_heads, dim, size))
+        token = 2 * kv_heads * dim * size
+        costs = Costs(heads=heads, head_dim=dim, itemsize=size, kv_bytes=token)
+        added = plan.pass_bytes(costs)
         assert added == 2 * kv + share * heads * (dim + 1) * 4
         for new_tokens in (1, 6):
             before = [counter.bytes_sent for counter in counters]

@@ -11,22 +11,27 @@ float32, natural log, -inf for a row that sees no key.
 
 from .api import attend, attend_cached
 from .backends import BACKENDS, Backend, Case, Choice, available, choose
-from .band import Band, Piece, normalise, pieces, split_steps
+from .band import Band, Piece, from_key, normalise, pieces, split_steps
+from .joined import JoinedKV, joined_kv
 from .merge import Partial, add_sinks, empty_partial, merge, merge_into, merge_many
+from .quantised import QuantKV, quantise
 from .reference import attend_cached_reference, attend_reference
-from .views import DenseKV, KVView, PagedKV, Segment
+from .views import KV, DenseKV, KVView, PagedKV, Segment
 
 __all__ = [
     "BACKENDS",
+    "KV",
     "Backend",
     "Band",
     "Case",
     "Choice",
     "DenseKV",
+    "JoinedKV",
     "KVView",
     "PagedKV",
     "Partial",
     "Piece",
+    "QuantKV",
     "Segment",
     "add_sinks",
     "attend",
@@ -36,10 +41,13 @@ __all__ = [
     "available",
     "choose",
     "empty_partial",
+    "from_key",
+    "joined_kv",
     "merge",
     "merge_into",
     "merge_many",
     "normalise",
     "pieces",
+    "quantise",
     "split_steps",
 ]

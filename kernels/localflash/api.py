@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import Attend, Backend, choose
-from .band import Band
+from .band import Band, from_key
 from .merge import Partial, accumulator_dtype, empty_partial
 from .reference import Bands
 from .views import KVView, Segment
@@ -90,7 +90,7 @@ def _by_segment(
         q = q_BTHD[batch]
         _check_kv(q, k_BTHD, v_BTHD)
         rows = None if running is None else (running[0][batch], running[1][batch])
-        part = attend_dense(q, k_BTHD, v_BTHD, _shifted(band, start), scale, softcap, rows)
+        part = attend_dense(q, k_BTHD, v_BTHD, from_key(band, start), scale, softcap, rows)
         if running is None:  # the only segment
             return part
     assert running is not None
@@ -106,14 +106,6 @@ def _by_band(segment: Segment, bands: Bands) -> list[tuple[Segment, Band | None]
         (Segment(slice(b, b + 1), start, k_BTHD[i : i + 1], v_BTHD[i : i + 1]), bands[b])
         for i, b in enumerate(range(batch.start, batch.stop))
     ]
-
-
-def _shifted(band: Band | None, start: int) -> Band | None:
-    """The band as keys start.. see it."""
-    if band is None or start == 0:
-        return band
-    k_start = band.k_start + start * band.k_step
-    return Band(band.q_start, band.q_step, k_start, band.k_step, band.window)
 
 
 def _backend(q_BTHD: Tensor, softcap: float | None, name: str | None) -> Backend:

@@ -35,6 +35,14 @@ class Band:
                 raise ValueError(f"Band.{name}={value}: must be at least 1")
 
 
+def from_key(band: Band | None, index: int) -> Band | None:
+    """The band as the keys from this index on have it."""
+    if band is None or index == 0:
+        return band
+    k_start = band.k_start + index * band.k_step
+    return Band(band.q_start, band.q_step, k_start, band.k_step, band.window)
+
+
 class Piece(NamedTuple):
     """One kernel call: the rows `q` against the keys `k`, both possibly strided slices."""
 

@@ -1,4 +1,8 @@
-"""How cached keys and values are read: dense, or paged. Reading never gathers pages.
+"""How keys and values that are kept or that travel are read. Reading never gathers pages.
+
+A `KVView` is read by a kernel as a whole; a `KV` can also be cut and sent. Of the latter there
+are `DenseKV` here, `QuantKV` (quantised.py) and `JoinedKV` (joined.py), which puts pieces of either
+one after another.
 
 B sequences, T tokens, Hkv KV heads, D head dim, P pages in the pool.
 """
@@ -10,8 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Quantised pages are widened at most this many tokens at a time, to bound the copy.
-_WIDEN_TOKENS = 2048
+# Quantised storage is widened at most this many tokens at a time, to bound the copy.
+WIDEN_TOKENS = 2048
 
 
 class Segment(NamedTuple):
@@ -34,6 +38,39 @@ class KVView(Protocol):
         ...
 
 
+class KV(KVView, Protocol):
+    """KV of `tokens` tokens of each of `batch` sequences, which can be read, cut and sent.
+
+    All sequences are equally long, so that each of its `segments` is of all of them. Whoever
+    reads, keeps or sends KV knows only this, and not in which form the numbers lie.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, scales included."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is sent: each (B, T, ...), with as many bytes for one token as for another.
+
+        Without a copy, unless the tokens lie in several pieces. Laid end to end, for any number
+        of tokens, each tensor begins at a multiple of its item size.
+        """
+        ...
+
+    def slice(self, start: int, stop: int) -> "KV":
+        """Tokens [start, stop), without a copy; of the same form even if there are none."""
+        ...
+
+    def of(self, tensors: tuple[Tensor, ...]) -> "KV":
+        """KV of the same form over other tensors, such as those that another rank sent."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class DenseKV:
     """k, v (B, T, Hkv, D) in the queries' dtype; strides free, all sequences equally long."""
@@ -53,9 +90,16 @@ class DenseKV:
     def nbytes(self) -> int:
         return self.k_BTHD.nbytes + self.v_BTHD.nbytes
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.k_BTHD, self.v_BTHD
+
     def slice(self, start: int, stop: int) -> "DenseKV":
         """Tokens [start, stop), without a copy."""
         return DenseKV(self.k_BTHD[:, start:stop], self.v_BTHD[:, start:stop])
+
+    def of(self, tensors: tuple[Tensor, ...]) -> "DenseKV":
+        return DenseKV(*tensors)
 
     def segments(self, dtype: torch.dtype) -> Iterator[Segment]:
         if self.batch and self.k_BTHD.shape[1]:
@@ -135,7 +179,7 @@ class PagedKV:
         if any(pool.stride(0) != page * pool.stride(1) for pool in (self.k_pool, self.v_pool)):
             return 1
         quantised = self.k_scale is not None or self.v_scale is not None
-        return max(1, _WIDEN_TOKENS // page) if quantised else count
+        return max(1, WIDEN_TOKENS // page) if quantised else count
 
 
 def _read(

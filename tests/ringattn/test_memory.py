@@ -13,7 +13,7 @@ from tests.support.memory import LiveBytes
 from tests.support.ranks import in_processes
 
 HEADS, KV_HEADS, DIM, TOKENS = 6, 2, 16, 512
-COSTS = Costs(HEADS, KV_HEADS, DIM, 4)
+COSTS = Costs(heads=HEADS, head_dim=DIM, itemsize=4, kv_bytes=2 * KV_HEADS * DIM * 4)
 WORLDS = (2, 3, 4, 8)
 NO_PAST = Past(DenseKV(*torch.empty(2, 1, 0, KV_HEADS, DIM)), "none")
 

@@ -117,7 +117,7 @@ def test_ring_steps_that_no_window_reaches_are_skipped(layout, chunk_tokens):
     world, tokens, window = 4, 160, 21
     ring = runtime(tiny_folder("mixtral"), world, layout, chunk_tokens)
     document = ring.encode(random_ids(tokens))
-    costs = Costs(heads=4, kv_heads=2, head_dim=16, itemsize=4)
+    costs = Costs(heads=4, head_dim=16, itemsize=4, kv_bytes=2 * 2 * 16 * 4)
     for rank in range(world):
         place = SimpleNamespace(rank=rank, world_size=world)
         strategy = RingStrategy(place, layout=layout, chunk_tokens=chunk_tokens)

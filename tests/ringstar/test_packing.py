@@ -120,7 +120,7 @@ def test_no_token_is_computed_that_is_not_theirs():
 def test_bytes_sent_are_the_plans(family, chunk_tokens):
     folder, world = tiny_folder(family), 3
     made = runtime(folder, world, "contiguous", chunk_tokens).encode_batch(DOCUMENTS)
-    costs = Costs(heads=4, kv_heads=2, head_dim=16, itemsize=4)
+    costs = Costs(heads=4, head_dim=16, itemsize=4, kv_bytes=2 * 2 * 16 * 4)
     window = 21 if family == "mixtral" else None
     ranks = ThreadWorld(world, threads_per_rank=1)
 

@@ -99,7 +99,8 @@ def encoded_bytes(transport, folder, layout, document):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_kv_is_really_sharded(world, layout):
-    document, layers, costs = 120, 2, Costs(4, 2, 16, 4)
+    document, layers = 120, 2
+    costs = Costs(heads=4, head_dim=16, itemsize=4, kv_bytes=2 * 2 * 16 * 4)
     ranks = in_threads(world, encoded_bytes, tiny_folder("llama"), layout, document)
     runs = tuple(Layout(layout, 0, document, world).runs(rank) for rank in range(world))
     for rank, (held, sent) in enumerate(ranks):
