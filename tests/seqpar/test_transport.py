@@ -14,11 +14,23 @@ from seqpar import TransportError, spawn
 from seqpar.spawn import Start
 from tests.support.ranks import in_processes, in_threads
 
+KV_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.bfloat16)
 RUNNERS = {"threads": in_threads, "gloo": in_processes}
 
 
 def tagged(rank: int, count: int, dtype=torch.float32) -> torch.Tensor:
     return torch.arange(count).add(100 * rank).to(dtype)
+
+
+def noise(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Any bits at all, nan among them."""
+    generator = torch.Generator().manual_seed(rank)
+    nbytes = (count * dtype.itemsize,)
+    return torch.randint(256, nbytes, generator=generator, dtype=torch.uint8).view(dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def shift_moves_both_ways(t):
@@ -95,6 +107,24 @@ def small_and_large_collectives_mix(t):
     assert torch.equal(value, tagged(t.world_size - 1, 7))
 
 
+def every_form_of_kv_is_carried_bit_for_bit(t):
+    """int8, float8 and their scales, in small messages and in large ones."""
+    before = (t.rank - 1) % t.world_size
+    for count in (7, 100_000):
+        sent, received, gathered = (
+            [noise(rank, count, dtype) for dtype in KV_DTYPES] for rank in (t.rank, before, 0)
+        )
+        got = [torch.empty_like(tensor) for tensor in sent]
+        t.shift(sent, got).wait()
+        assert all(same_bits(*pair) for pair in zip(got, received, strict=True))
+        for i, tensor in enumerate(sent):
+            into = tensor.new_empty(t.world_size, count)
+            t.all_gather(tensor, into).wait()
+            assert all(same_bits(into[r], noise(r, count, tensor.dtype)) for r in range(len(into)))
+            t.broadcast(tensor, root=0).wait()
+            assert tensor.dtype == KV_DTYPES[i] and same_bits(tensor, gathered[i])
+
+
 def subgroups_number_their_own_ranks(t):
     members = list(range(t.rank % 2, t.world_size, 2))
     group = t.subgroup(members)
@@ -155,6 +185,7 @@ CONTRACT = [
     all_to_all_takes_unequal_sizes,
     broadcast_comes_from_the_root,
     small_and_large_collectives_mix,
+    every_form_of_kv_is_carried_bit_for_bit,
     subgroups_number_their_own_ranks,
     phases_are_seen_by_all,
     counters_count_payload,
