@@ -134,9 +134,10 @@ class ExtendPlan:
         """What a ring pass over the new KV allocates on this rank, at most, in bytes.
 
         Two transfer buffers of the largest share, the running float32 partial, and what the
-        local kernel takes for its largest tile, widened KV included.  Nothing here depends on
-        the number of ranks (from 2 up) or on the length of the document, for given shares.  The
-        paper's 6·b·c·h counts 16-bit activations of blocks with as many KV heads as query heads.
+        local kernel takes for its largest tile, widened KV included.  New KV is in one piece:
+        pieces would be gathered to be sent.  Nothing here depends on the number of ranks (from 2
+        up) or on the length of the document, for given shares.  The paper's 6·b·c·h counts
+        16-bit activations of blocks with as many KV heads as query heads.
         """
         receives = any(step.receive for step in self.new_steps())
         buffers = 2 * largest_share(self.new) * costs.kv_bytes if receives else 0
