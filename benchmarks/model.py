@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import MEDIANS, REPEATS, WARM_UPS, cpu_seconds, over_ranks
 from ringstar import LongContext
-from ringstar.config import Config, GenerationConfig, ModelConfig
+from ringstar.config import CacheConfig, Config, GenerationConfig, ModelConfig
 from ringstar.models import find_model
 from ringstar.models.one_device import OneDevice
 from seqpar import Transport
@@ -25,7 +25,7 @@ def some_ids(tokens: int) -> list[int]:
 
 
 def rank_runtime(transport: Transport, folder: str, dtype: str) -> LongContext:
-    config = Config(model=ModelConfig(path=folder, dtype=dtype))
+    config = Config(model=ModelConfig(path=folder, dtype=dtype), cache=CacheConfig(reuse=False))
     return LongContext.from_config(config, ProcessWorld(transport))
 
 

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.needle_text import Needle, fitted_text, make_needles
-from ringstar import LongContext
+from ringstar import CacheConfig, LongContext
 from ringstar.config import DenseConfig, ModelConfig, StarConfig, StrategyConfig
 from ringstar.models import ModelFiles, find_model, quiet_transformers
 
@@ -145,7 +145,11 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     folder = str(find_model(ModelConfig(name="smollm2")).folder)
     runtime = LongContext.from_pretrained(
-        folder, strategy="dense", dtype="bfloat16", threads_per_rank=1
+        folder,
+        strategy="dense",
+        dtype="bfloat16",
+        threads_per_rank=1,
+        cache=CacheConfig(reuse=False),
     )
     total = sum(len(methods) * TRIALS_PER_CELL // cell[1] for cell, methods in chosen)
     started = time.perf_counter()

@@ -66,6 +66,8 @@ def _check_config(config: AskConfig, path: str) -> None:
     try:
         before = yaml.safe_load(beside.read_text())
         changed = [name for name in _DECIDES if before[name] != asdict(config)[name]]
+        if before["cache"]["dtype"] != config.cache.dtype:
+            changed.append("cache.dtype")
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         changed = [beside.name]
     if changed:

@@ -1,4 +1,4 @@
-"""Ask many questions about one long document: encode or load it once, then ask.
+"""Ask many questions about long documents: each is encoded or loaded once, then asked.
 
     python -m launch.ask launch.nproc=4 model.path=DIR document.path=book.txt \\
         questions.path=questions.jsonl output.path=answers.jsonl
@@ -10,6 +10,8 @@ any other fields, which come back.  Answers are written in the same order, one l
 each is there; a run that was stopped goes on where it was when it is started again.
 Without questions.path every line of standard input is a question; its answer is streamed.
 Each question is asked alone; with questions.follow_up=true it sees those before it.
+questions.documents_path has several documents, one on each line: {"document": NAME, "path": FILE},
+or "text", "context_ids", "load" in place of "path"; each question then has "document": NAME, too.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,8 +40,9 @@ from launch.faults import DONE, leave
 from launch.generate import check_document_request, encoded_document, print_piece, show_choices
 from launch.help import help_text
 from launch.inputs import STDIN, Request, check_one_reader, read_context
+from launch.library import Entry, Library, Turn, read_entries
 from launch.options import ASK, parse_questions
-from launch.questions import Question, read_questions, typed_lines
+from launch.questions import ONLY, Question, read_questions, typed_lines
 from launch.start import RankCommand
 from ringstar.answers import Answer
 from ringstar.config import AskConfig
@@ -47,7 +50,7 @@ from ringstar.errors import UserError
 from ringstar.exchange import text_of_rank_0
 from ringstar.models import ModelFiles
 from ringstar.ranks import check_ranks, make_ranks, under_torchrun, world_size_of
-from ringstar.runtime import Document, LongContext
+from ringstar.runtime import LongContext
 
 log = logging.getLogger("ringstar")
 
@@ -60,20 +63,33 @@ def main(arguments: Sequence[str]) -> int:
     return RankCommand("launch.ask", parse_questions, check_request, run_rank).main(arguments)
 
 
-def check_request(config: AskConfig) -> tuple[ModelFiles, Request, list[Question]]:
+def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list[Question]]:
     """All that can be found wrong before ranks start and weights load."""
     check_one_reader(config)
-    if config.questions.path is None and config.document.path == STDIN:
-        raise UserError("questions.path", None, "needed: standard input is the document")
+    several = config.questions.documents_path is not None
+    if config.questions.path is None and (several or config.document.path == STDIN):
+        what = "each names its document" if several else "standard input is the document"
+        raise UserError("questions.path", None, f"needed: {what}")
     files = check_document_request(config)
-    context = read_context(config, files)
+    entries = _entries(config, files)
     questions: list[Question] = []
     if config.questions.path is not None:
         world = config.launch.nproc or world_size_of(config.transport)
-        questions = read_questions(config, files, len(context), world)
+        sizes = {name: len(entry.ids) for name, entry in entries.items()}
+        questions = read_questions(config, files, sizes, world)
         answered(config, questions)
-    longest = max((len(question.ids) for question in questions), default=0)
-    return files, Request(context, [0] * longest), questions
+    return files, entries, questions
+
+
+def _entries(config: AskConfig, files: ModelFiles) -> dict[str, Entry]:
+    """The documents by name, or the only one."""
+    if config.questions.documents_path is None:
+        return {ONLY: Entry(read_context(config, files), config.document.load)}
+    for name, value in vars(config.document).items():
+        if value is not None:
+            why = "questions.documents_path has the documents; drop one of them"
+            raise UserError(f"document.{name}", value, why)
+    return read_entries(config, files)
 
 
 def run_rank(config: AskConfig, phases: Any) -> None:
@@ -82,19 +98,25 @@ def run_rank(config: AskConfig, phases: Any) -> None:
     check_ranks(config)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a letter that it cannot show ends no run
-    files, request, questions = check_request(config)
+    files, entries, questions = check_request(config)
     ranks, why = make_ranks(config.transport, phases)
     runtime = LongContext(config, files, ranks, why)
-    document = encoded_document(config, runtime, request)
+    longest: dict[str, int] = {}
+    for question in questions:
+        longest[question.document] = max(longest.get(question.document, 0), len(question.ids))
+    library = Library(runtime, entries, longest)
+    if ONLY in entries:
+        request = Request(entries[ONLY].ids, [0] * longest.get(ONLY, 0))
+        library.add(ONLY, encoded_document(config, runtime, request))
     if config.questions.path is not None:
-        _answer_file(config, runtime, document, questions)
+        _answer_file(config, runtime, library, questions)
     else:
-        _answer_typed(config, runtime, document)
+        _answer_typed(config, runtime, library)
     runtime.close()
 
 
 def _answer_file(
-    config: AskConfig, runtime: LongContext, document: Document, questions: list[Question]
+    config: AskConfig, runtime: LongContext, library: Library, questions: list[Question]
 ) -> None:
     first = runtime.rank == 0
     done = json.loads(_of_rank_0(runtime, json.dumps(answered(config, questions))) or "[]")
@@ -102,23 +124,26 @@ def _answer_file(
         log.info(f"{len(done)} of {len(questions)} questions are answered in {config.output.path}")
     answers = AnswerLog(config) if first else None
     shown = first and sys.stderr.isatty() and config.output.path is not None
-    ask = asker(config, runtime, document, zip(questions, done, strict=False))
+    before: dict[str, list[Turn]] = {}
+    for question, answer_ids in zip(questions, done, strict=False):
+        before.setdefault(question.document, []).append((question.asked, answer_ids))
+    ask = asker(config, runtime, library, before)
     for question in tqdm(questions[len(done) :], "questions", disable=not shown, leave=False):
-        answer = ask(question.asked)
+        answer = ask(question.document, question.asked)
         if answers is not None:
             answers.add(question.line, answer)
 
 
-def _answer_typed(config: AskConfig, runtime: LongContext, document: Document) -> None:
+def _answer_typed(config: AskConfig, runtime: LongContext, library: Library) -> None:
     """Until the end of standard input; every rank hears the same."""
     answers = AnswerLog(config) if runtime.rank == 0 and config.output.path is not None else None
     lines = typed_lines(config.transport.timeout_s) if runtime.rank == 0 else iter(())
-    ask = asker(config, runtime, document)
+    ask = asker(config, runtime, library)
     while (question := _of_rank_0(runtime, next(lines, None))) is not None:
         if not question.strip():
             continue
         try:
-            answer = ask(question, on_text=print_piece)
+            answer = ask(ONLY, question, on_text=print_piece)
         except UserError as error:
             log.info(str(error))  # the same on every rank, before any has begun
             continue
@@ -131,16 +156,17 @@ def _answer_typed(config: AskConfig, runtime: LongContext, document: Document) -
 def asker(
     config: AskConfig,
     runtime: LongContext,
-    document: Document,
-    before: Iterable[tuple[Question, list[int]]] = (),
+    library: Library,
+    before: Mapping[str, Sequence[Turn]] = MappingProxyType({}),
 ) -> Callable[..., Answer]:
-    """What takes a question: each alone, or after those before it and their answers."""
-    if not config.questions.follow_up:
-        return partial(runtime.ask, document)
-    talk = runtime.converse(document)
-    for question, answer_ids in before:
-        talk.add(question.asked, answer_ids)
-    return talk.ask
+    """What takes a document's name and a question: alone, or after those before it and answers."""
+
+    def ask(name: str, question: str | list[int], **options: Any) -> Answer:
+        if config.questions.follow_up:
+            return library.conversation(name, before.get(name, ())).ask(question, **options)
+        return runtime.ask(library.document(name), question, **options)
+
+    return ask
 
 
 def _of_rank_0(runtime: LongContext, text: str | None) -> str | None:

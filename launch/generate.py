@@ -131,6 +131,7 @@ def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[
         "kernel": runtime.kernel,
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "device": str(runtime.device),
+        "cached_tokens": document.cached_tokens,
         "encode_s": document.encode_s,
         "ttft_s": ttft_s,
         "tpot_s": answer.tpot_s,
@@ -138,6 +139,7 @@ def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[
         "peak_memory_bytes": answer.metrics.peak_memory_bytes,
         "kv_bytes": answer.metrics.kv_bytes,
         "bytes_sent": answer.metrics.bytes_sent,
+        "kv_error": document.kv_error,
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ringstar.config import AskConfig, Config, DocumentConfig, QuestionsConfig
+from ringstar.config import AskConfig, Config, DocumentConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
@@ -98,7 +98,8 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
         question_path = copies.get("question_path", config.question_path)
         kept = replace(config, document=document, question_path=question_path)
         if isinstance(kept, AskConfig) and "questions.path" in copies:
-            kept = replace(kept, questions=QuestionsConfig(copies["questions.path"]))
+            questions = replace(kept.questions, path=copies["questions.path"])
+            kept = replace(kept, questions=questions)
         yield kept, copies
 
 

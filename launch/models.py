@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ringstar.config import RingConfig, StarConfig, StrategyConfig
+from ringstar.config import CacheConfig, RingConfig, StarConfig, StrategyConfig
 from ringstar.models import SUPPORTED, TINY, features, quiet_transformers, save_tiny
 from ringstar.models.one_device import OneDevice
 from ringstar.runtime import LongContext
@@ -86,6 +86,7 @@ def judge(family: str) -> Verdict:
             world_size=WORLD,
             chunk_tokens=CHUNK_TOKENS,
             threads_per_rank=1,
+            cache=CacheConfig(reuse=False),
         )
         plain, double = (
             OneDevice(runtime.files, dtype, torch.device("cpu"), "eager")

@@ -71,6 +71,7 @@ COMPARE = Command(
         "generation.temperature": _GREEDY,
         "generation.top_p": _GREEDY,
         "generation.seed": _GREEDY,
+        "cache.reuse": "each encode is measured, and starts anew; drop it",
         "output.first_logits": "logits are compared, not written; drop it",
         "document.checkpoint_every": "its documents are compared, not kept; drop it",
         "document.load": "its documents are encoded anew, in every way; give document.path",

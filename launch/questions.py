@@ -6,7 +6,7 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ RESULT_FIELDS = (
     "ttft_s",
     "tpot_s",
 )
+# the name of a document that is the only one
+ONLY = ""
 # ranks that wait are told so before their patience ends
 _IDLE_S = 60.0
 
@@ -36,6 +38,7 @@ class Question:
 
     line: dict[str, Any]
     ids: list[int]
+    document: str
 
     @property
     def asked(self) -> str | list[int]:
@@ -44,24 +47,28 @@ class Question:
 
 
 def read_questions(
-    config: AskConfig, files: ModelFiles, context_tokens: int, world: int
+    config: AskConfig, files: ModelFiles, documents: Mapping[str, int], world: int
 ) -> list[Question]:
-    """Every question of `questions.path`, checked; UserError names the line."""
+    """Every question of `questions.path`, checked; UserError names the line.
+
+    `documents` are the tokens of each document by its name; one without a name is of all questions.
+    """
     path = config.questions.path or ""
     questions = []
     for number, text in enumerate(read_text("questions.path", path).splitlines(), 1):
         if not text.strip():
             continue
         try:
-            questions.append(_question(text, files))
-            size, new = len(questions[-1].ids), config.generation.max_new_tokens
-            check_fits(config, files, world, context_tokens, size, new)
+            question = _question(text, files, documents)
+            size, new = len(question.ids), config.generation.max_new_tokens
+            check_fits(config, files, world, documents[question.document], size, new)
+            questions.append(question)
         except UserError as error:
             raise UserError("questions.path", f"{path}:{number}", str(error)) from error
     return questions
 
 
-def _question(text: str, files: ModelFiles) -> Question:
+def _question(text: str, files: ModelFiles, documents: Mapping[str, int]) -> Question:
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -80,7 +87,11 @@ def _question(text: str, files: ModelFiles) -> Question:
             raise UserError("question", None, "is empty, or not text")
         ids = files.query_ids(line["question"])
     check_ids("question", ids, files.vocab_size)
-    return Question(line, ids)
+    name = ONLY if ONLY in documents else line.get("document")
+    if not isinstance(name, str) or name not in documents:
+        near = ", ".join(list(documents)[:8])
+        raise UserError("document", name, f"names none of questions.documents_path: {near}")
+    return Question(line, ids, name)
 
 
 def typed_lines(patience_s: float) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from ringstar.answers import Answer
 from ringstar.attached import Attached, attach, detach
-from ringstar.config import Config, GenerationConfig
+from ringstar.config import CacheConfig, Config, GenerationConfig
 from ringstar.errors import UserError
 from ringstar.models import ShardedPast
 from ringstar.runtime import Document, LongContext
@@ -10,6 +10,7 @@ from ringstar.runtime import Document, LongContext
 __all__ = [
     "Answer",
     "Attached",
+    "CacheConfig",
     "Config",
     "Document",
     "GenerationConfig",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ringstar.config import (
+    CacheConfig,
     Config,
     DenseConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ from ringstar.config import (
 )
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError, in_a_line
+from ringstar.memory import make_pool
 from ringstar.models import (
     causal_output,
     check_attachable,
@@ -36,7 +38,8 @@ from ringstar.models import (
     wanted_logits,
 )
 from ringstar.models.bind import bind, put
-from ringstar.models.quantised import quantised, run_once
+from ringstar.models.geometry import run_once
+from ringstar.models.quantised import quantised
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.runtime import check_ids, check_positions, choose_kernel
 from ringstar.shard import TextShard
@@ -102,18 +105,24 @@ class Attached:
         )
         bound = bind(model, ff_slice_tokens=config.model.ff_slice_tokens, rope_precision=precision)
         self._undo = bound.undo
-        if small := quantised(model.config):
-            self._say(small)
-            try:
-                run_once(bound)
-            except Exception as error:
-                why = f"{small} do not run in {model.dtype} here: {in_a_line(error)}"
-                raise UserError("model", type(model).__name__, why) from error
+        small = quantised(model.config)
+        self._say(*[small] if small else [])
+        try:
+            shapes = run_once(bound)
+        except Exception as error:
+            why = f"{small or 'weights'} do not run in {model.dtype} here: {in_a_line(error)}"
+            raise UserError("model", type(model).__name__, why) from error
+
+        def engine(transport: Transport) -> RankEngine:
+            pool, said = make_pool(config.cache, shapes, model.dtype, transport)
+            self._say(*[said] if transport is first else [])
+            answer_tokens = config.encode.answer_tokens
+            return RankEngine(bound, transport, pool, choice.backend.name, answer_tokens)
+
+        engines = self._ranks.run(engine)
         self._engines = {
-            transport.rank: RankEngine(
-                bound, transport, choice.backend.name, config.encode.answer_tokens
-            )
-            for transport in self._ranks.transports
+            transport.rank: each
+            for transport, each in zip(self._ranks.transports, engines, strict=True)
         }
         self._generate = model.generate
         put(bound.undo, model, "generate", _in_place_of(model.generate, self.generate))
@@ -180,8 +189,8 @@ class Attached:
 
         def forward(transport: Transport) -> Tensor:
             transport.check_agreement("input_ids", new, last)
-            texts = [TextShard(self.world_size) for _ in new]
-            texts = past.shards.setdefault(transport.rank, texts)
+            engine = self._engines[transport.rank]
+            texts = past.shards.setdefault(transport.rank, [engine.new_text() for _ in new])
             return self._extend_and_read(transport, texts, new, last)
 
         past.whole = False
@@ -261,6 +270,7 @@ def attach(
     query_tokens: int | None = None,
     threads_per_rank: int | None = None,
     timeout_s: float = 1800.0,
+    cache: CacheConfig | None = None,
     on_progress: OnProgress | None = None,
 ) -> Attached:
     """Spread the prompts of a user's own Hugging Face model over ranks.
@@ -285,6 +295,8 @@ def attach(
             all before them; 1 unless given, for star 256.
         threads_per_rank: CPU threads of each rank; the cores are shared evenly unless given.
         timeout_s: how long a rank waits for another, seconds.
+        cache: how much memory KV may take, and in which form; texts that the script has no more
+            make room for others, and nothing is put aside.
         on_progress: called on rank 0 with the share of a prompt's encode that is done.
 
     Returns:
@@ -297,6 +309,9 @@ def attach(
         raise UserError("strategy", strategy, "allowed: ring, star, dense, or a config of one")
     if strategy != "ring" and layout != "zigzag":
         raise UserError("layout", layout, 'is of strategy="ring"; allowed: RingConfig(layout=...)')
+    if cache is not None and cache.offload != "none":
+        why = "whose texts are whose to put aside, only the script knows; allowed: none"
+        raise UserError("cache.offload", cache.offload, why)
     if query_tokens is not None and (not isinstance(query_tokens, int) or query_tokens < 1):
         raise UserError("query_tokens", query_tokens, "allowed: 1 or more")
     named = transport if isinstance(transport, str) else "auto"
@@ -308,6 +323,7 @@ def attach(
         ModelConfig(dtype=str(getattr(model, "dtype", "")).removeprefix("torch.")),
         RopeConfig(rope_precision),
         chunk_tokens,
+        cache,
     )
     ranks = None if isinstance(transport, str) else transport
     return Attached(model, config, ranks, query_tokens, on_progress)

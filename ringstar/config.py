@@ -5,6 +5,7 @@ The library takes these or keyword arguments; only the command line knows how th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,6 +25,8 @@ MODELS = ("hf", "smollm2")
 MAX_TIMEOUT_S = 1e9
 PRECISIONS = ("auto", "float32", "float64")
 SCALINGS = ("none", "linear", "dynamic", "yarn")
+KV_DTYPES = ("auto", "int8", "fp8")
+OFFLOADS = ("none", "host", "disk")
 TRANSPORTS = ("auto", "nccl", "gloo", "threads")
 # facts that there are to plant
 MAX_NEEDLES = 60
@@ -180,6 +183,44 @@ class EncodeConfig:
 
 
 @dataclass
+class CacheConfig:
+    """The KV of all documents that one rank holds: pages within a budget.
+
+    Documents that were used least recently make room for others, unless they are pinned.
+    """
+
+    # bytes on each rank, also written `24GiB`; None: memory_fraction says
+    max_bytes: int | str | None = None
+    # of the memory that is free once the model is loaded, shared evenly by ranks; None: 0.8
+    memory_fraction: float | None = None
+    # tokens that a page has room for
+    page_tokens: int = 64
+    # what numbers are kept and sent in: as the model computes (auto), or 8 bits, which rounds
+    dtype: str = "auto"
+    # whether a beginning that an earlier document has too is encoded once
+    reuse: bool = True
+    # where documents go that make room for others; none: they are dropped
+    offload: str = "none"
+    # the folder for offload=disk; None: that for temporary files
+    offload_path: str | None = None
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{binary}B": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for binary, base in (("", 1000), ("i", 1024))
+}
+
+
+def byte_size(size: int | str) -> int:
+    """Bytes, from a number or from `24GiB`, `500MB`; raises ValueError."""
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([A-Za-z]*)", str(size).strip())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"{size} is no size in bytes")
+    return round(float(found[1]) * _UNITS[found[2]])
+
+
+@dataclass
 class GenerationConfig:
     """How the answer is chosen. temperature 0 is greedy."""
 
@@ -218,6 +259,7 @@ class Config:
     rope: RopeConfig = field(default_factory=RopeConfig)
     document: DocumentConfig = field(default_factory=DocumentConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -229,11 +271,13 @@ class Config:
 class QuestionsConfig:
     """`path`: a JSONL file, a question on each line; None: they are typed.
 
-    `follow_up`: each question sees those before it, and their answers.
+    `follow_up`: each question sees those before it, and their answers.  `documents_path`: a JSONL
+    file with several documents, of which each question names one.
     """
 
     path: str | None = None
     follow_up: bool = False
+    documents_path: str | None = None
 
 
 @dataclass
@@ -276,6 +320,7 @@ def config_of(
     model: ModelConfig,
     rope: RopeConfig,
     chunk_tokens: int,
+    cache: CacheConfig | None = None,
 ) -> Config:
     """The config of what Python's callers give by name; `layout` is of strategy `ring`."""
     chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
@@ -283,6 +328,7 @@ def config_of(
         chosen = RingConfig(layout=layout)
     config = Config(chosen, transport, KernelConfig(kernel), model, rope)
     config.encode.chunk_tokens = chunk_tokens
+    config.cache = cache or config.cache
     return config
 
 
@@ -330,6 +376,7 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield "document.checkpoint_every", every, rings, "star encodes in any order; allowed: with ring"
     yield _count("encode.chunk_tokens", config.encode.chunk_tokens)
     yield _count("encode.answer_tokens", config.encode.answer_tokens)
+    yield from _cache_rules(config.cache)
     yield _count("launch.nproc", config.launch.nproc)
     yield from _generation_rules(config.generation)
     if isinstance(config, ComparisonConfig):
@@ -346,6 +393,29 @@ def _rope_rules(rope: RopeConfig) -> Iterator[Rule]:
     yield "rope.factor", factor, in_range, "allowed: a number above 1, as 4"
     allowed = f"allowed: only with rope.scaling={', '.join(SCALINGS[1:])}"
     yield "rope.factor", factor, scaled or factor is None, allowed
+
+
+def _cache_rules(cache: CacheConfig) -> Iterator[Rule]:
+    size, fraction = cache.max_bytes, cache.memory_fraction
+    allowed = "allowed: bytes above 0, as 1000000 or 24GiB"
+    yield "cache.max_bytes", size, size is None or _bytes(size) > 0, allowed
+    in_range = fraction is None or 0 < fraction <= 1
+    yield "cache.memory_fraction", fraction, in_range, "allowed: above 0, at most 1"
+    one = size is None or fraction is None
+    yield "cache.memory_fraction", fraction, one, "cache.max_bytes is given too; drop one"
+    yield _count("cache.page_tokens", cache.page_tokens)
+    yield _one_of("cache.dtype", cache.dtype, KV_DTYPES)
+    yield _one_of("cache.offload", cache.offload, OFFLOADS)
+    used = cache.offload_path is None or cache.offload == "disk"
+    yield "cache.offload_path", cache.offload_path, used, "needs cache.offload=disk"
+
+
+def _bytes(size: int | str) -> int:
+    """A size in bytes; −1 for what is none."""
+    try:
+        return byte_size(size)
+    except ValueError:
+        return -1
 
 
 def _compare_rules(compare: CompareConfig) -> Iterator[Rule]:

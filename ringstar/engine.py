@@ -11,23 +11,31 @@ from torch import Tensor
 
 from ringstar.config import GenerationConfig
 from ringstar.models import BoundModel, PositionEmbeddings
+from ringstar.paging import Needs, PagePool
 from ringstar.passes import ExtendPass, ReplicatedPart, ReplicatedPass, turn_runs
+from ringstar.room import Victims, make_room
 from ringstar.sampling import NO_TOKEN, Sampler
 from ringstar.shard import TextShard
 from ringstar.strategies import Extension, Strategy
 from ringstar.unified import UnifiedMax
-from seqpar import Transport, positions, side_by_side, token_count
+from seqpar import Transport, positions, side_by_side
 
 OnProgress = Callable[[float], None]
 DUMMY_ID = 0
+NOBODY = Victims()
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeCost:
-    """What it took this rank to encode one document or several: seconds, bytes."""
+    """What it took this rank to encode one document or several: seconds, bytes.
+
+    `kv_error` is that of keys and of values which were rounded to be kept: root mean squares,
+    relative; None if they were not rounded.
+    """
 
     seconds: float
     bytes_sent: int
+    kv_error: tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,37 +54,57 @@ class RankEngine:
         self,
         model: BoundModel,
         transport: Transport,
+        pool: PagePool,
         kernel: str,
         answer_tokens: int,
         *,
         unified_max: bool = False,
     ):
-        self.model, self._transport = model, transport
+        self.model, self.pool, self._transport = model, pool, transport
         self._kernel = kernel
         self._unified = UnifiedMax() if unified_max else None
+        self._answer_tokens = answer_tokens
         self._room = _share(answer_tokens, transport.world_size)
+
+    def new_text(self, length: int = 0) -> TextShard:
+        """A text without tokens; `length` counts the positions that it will have, if known."""
+        return TextShard(self._transport.world_size, self.pool, length)
+
+    def fork(
+        self, shard: TextShard, tokens: int, length: int, victims: Victims = NOBODY
+    ) -> TextShard:
+        """A text that begins with the first `tokens` of another, whose KV it shares.
+
+        Raises UserError if there is no room for what must be copied.
+        """
+        make_room(self._transport, self.pool, shard.cache.fork_needs(tokens), victims)
+        return shard.fork(tokens, length)
 
     def encode(
         self,
-        documents: Sequence[Sequence[int]],
+        shards: Sequence[TextShard],
+        new: Sequence[Sequence[int]],
         strategy: Strategy,
         on_progress: OnProgress,
-        lengths: Sequence[int] = (),
-    ) -> tuple[list[TextShard], EncodeCost]:
-        """Encode documents of at least one token together; KV stays with the ranks that made it.
+        victims: Victims = NOBODY,
+    ) -> EncodeCost:
+        """Encode what documents have that is new, together; KV stays with the ranks that made it.
 
-        `lengths` count the positions of each whole text, where that is longer than its document.
+        Raises UserError, before anything is computed, if there is no room.
         """
         started, sent = time.perf_counter(), self._transport.counters.bytes_sent
-        self._transport.check_agreement("document", list(map(list, documents)), list(lengths))
-        world = self._transport.world_size
-        shards = [TextShard(world, length) for length in lengths or [0] * len(documents)]
-        self.extend(shards, documents, strategy, on_progress)
+        lengths = [shard.length for shard in shards]
+        self._transport.check_agreement("document", list(map(list, new)), lengths)
+        todo = [number for number, ids in enumerate(new) if ids]
+        if todo:
+            some, ids = [shards[number] for number in todo], [new[number] for number in todo]
+            self.extend(some, ids, strategy, on_progress, victims=victims)
         for shard in shards:
             shard.keep()
         _finish_device_work(self._transport.device)
         sent = self._transport.counters.bytes_sent - sent
-        return shards, EncodeCost(time.perf_counter() - started, sent)
+        seconds = time.perf_counter() - started
+        return EncodeCost(seconds, sent, self.pool.rounding.take())
 
     def extend(
         self,
@@ -85,37 +113,85 @@ class RankEngine:
         strategy: Strategy,
         on_progress: OnProgress,
         length: int = 0,
+        victims: Victims = NOBODY,
     ) -> None:
         """Encode new tokens of each text, spread over ranks, after what is there.
 
         `length` counts the positions of the whole texts, if they are longer than known so far.
         """
         owned, plan = strategy.plan([s.span(len(ids)) for s, ids in zip(shards, new, strict=True)])
-        rank = self._transport.rank
-        for shard, ids, runs in zip(shards, new, owned, strict=True):
+        for shard, ids in zip(shards, new, strict=True):
             shard.length = max(shard.length, shard.tokens + len(ids), length)
-            held = token_count(shard.owned[rank]) + token_count(runs[rank])
-            shard.cache.reserve(held + self._room)
-            shard.cache.forget(shard.tokens)
+        self._reserve_encode(shards, plan, victims)
         progress = _Progress(self.model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
             self._extend(shards, new, extension, progress)
         for shard, ids, runs in zip(shards, new, owned, strict=True):
-            shard.cache.fit(self._room)
+            shard.cache.settle(self._room)
             shard.grow(len(ids), runs)
 
+    def _reserve_encode(
+        self, shards: Sequence[TextShard], plan: Sequence[Extension], victims: Victims
+    ) -> None:
+        """Pages for all passes, and beside them room for an answer, if there is some."""
+        passes = [
+            [((), shard.tokens)]
+            + [(p.kept, p.encoded) for step in plan for p in step.parts if p.text == number]
+            for number, shard in enumerate(shards)
+        ]
+        pairs = list(zip(shards, passes, strict=True))
+        needs = sum((shard.cache.encode_needs(kept) for shard, kept in pairs), Needs())
+        make_room(self._transport, self.pool, needs, victims)
+        room = sum((shard.cache.needs(self._room) for shard in shards), Needs())
+        ahead = 0 if self.pool.missing(needs + room) else self._room
+        for shard, kept in pairs:
+            shard.cache.reserve_encode(kept, ahead)
+            shard.cache.forget(shard.tokens)
+
+    def bring_back(self, shard: TextShard, victims: Victims = NOBODY) -> None:
+        """Put a text's KV into pages, if it was put away."""
+        needs = shard.return_needs()
+        make_room(self._transport, self.pool, needs, victims)
+        room = 0 if self.pool.missing(needs + shard.cache.needs(self._room)) else self._room
+        shard.bring_back(room)
+
+    def reserve(
+        self,
+        shards: Sequence[TextShard],
+        tokens: int,
+        ahead: int,
+        victims: Victims = NOBODY,
+    ) -> None:
+        """Room for so many replicated tokens more of each text, and `ahead` single ones.
+
+        What windows hide from them is dropped.  Raises UserError if there is no room.
+        """
+        world, needs = self._transport.world_size, Needs()
+        most = _share(tokens, world) + _share(ahead, world)
+        for shard in shards:
+            needs += shard.cache.encode_needs([((), shard.tokens)]) + shard.cache.needs(most)
+        make_room(self._transport, self.pool, needs, victims)
+        for shard in shards:
+            shard.cache.reserve(most)
+            shard.ready = shard.tokens + tokens + ahead
+
     def generate(
-        self, shard: TextShard, query_ids: Sequence[int], settings: GenerationConfig
+        self,
+        shard: TextShard,
+        query_ids: Sequence[int],
+        settings: GenerationConfig,
+        victims: Victims = NOBODY,
     ) -> Generator[GeneratedToken, None, None]:
         """Answer tokens to a question after what is there, for as long as the caller asks.
 
-        All that is read stays: the last token that was given is not.
+        All that is read stays: the last token that was given is not.  Raises UserError, before
+        anything is computed, if there is no room.
         """
         self._transport.check_agreement("question", list(query_ids), settings)
         sampler = Sampler(settings)
         new = list(query_ids)
-        shard.cache.make_room(self._most_kept(len(new), settings))
+        self.reserve([shard], len(new), settings.max_new_tokens, victims)
         self._transport.publish("question")
         first = True
         while True:
@@ -126,11 +202,14 @@ class RankEngine:
             if self._transport.phase != "decode":
                 self._transport.publish("decode")
 
-    def score(self, shard: TextShard, query_ids: Sequence[int], last: int) -> Tensor:
+    def score(
+        self, shard: TextShard, query_ids: Sequence[int], last: int, victims: Victims = NOBODY
+    ) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
         self._transport.check_agreement("continuation", list(query_ids), last)
         self._transport.publish("score")
         shard.rewind()
+        self.reserve([shard], len(query_ids), 0, victims)
         try:
             return self.read([shard], [query_ids], last)
         finally:
@@ -153,12 +232,12 @@ class RankEngine:
         """
         world, rank = self._transport.world_size, self._transport.rank
         rows = side_by_side([len(ids) for ids in new])
+        if any(s.tokens + len(ids) > s.ready for s, ids in zip(shards, new, strict=True)):
+            self._reserve_more(shards, max(map(len, new)), growing)
         parts, plans = [], []
         for shard, ids, row in zip(shards, new, rows, strict=True):
             start, stop = shard.tokens, shard.tokens + len(ids)
             turns = [turn_runs(start, len(ids), other, world) for other in range(world)]
-            if growing:
-                shard.cache.make_way(start, token_count(turns[rank]), self._room)
             shard.cache.append(turns[rank])
             shard.grow(len(ids), turns)
             parts.append(ReplicatedPart(start, row, turns[rank], shard.cache))
@@ -171,10 +250,11 @@ class RankEngine:
         token_ids = self._tensor([token for ids in new for token in ids])
         return self.model.forward(token_ids, positions_T, context, logits=wanted)
 
-    def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
-        """The most tokens of a question and its answer that one rank may have to keep."""
-        world = self._transport.world_size
-        return _share(query_tokens, world) + _share(settings.max_new_tokens, world)
+    def _reserve_more(self, shards: Sequence[TextShard], tokens: int, growing: bool) -> None:
+        """A text that grows token by token gets room for many at once, and forgets now and then."""
+        for shard in shards if growing else ():
+            shard.cache.forget(shard.tokens)
+        self.reserve(shards, tokens, self._answer_tokens if growing else 0)
 
     def same_rope(self, length: int, other: int) -> bool:
         """Whether texts of these lengths are encoded alike."""

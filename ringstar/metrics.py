@@ -42,8 +42,14 @@ def gather_integers(transport: Transport, mine: Sequence[int]) -> list[list[int]
 
 def slowest(transport: Transport, seconds: float) -> float:
     """The longest time of any rank, on every rank; seconds."""
-    (nanoseconds,) = gather_integers(transport, [round(seconds * 1e9)])
-    return max(nanoseconds) / 1e9
+    (longest,) = largest(transport, [seconds])
+    return longest
+
+
+def largest(transport: Transport, shares: Sequence[float]) -> list[float]:
+    """For each of these numbers the largest of any rank, on every rank; in billionths."""
+    gathered = gather_integers(transport, [round(share * 1e9) for share in shares])
+    return [max(each) / 1e9 for each in gathered]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import localflash
-from localflash import DenseKV, Partial, add_sinks
-from ringstar.cache import KeptKV, ShardedCache
+from localflash import KV, Partial, add_sinks
 from ringstar.models import PositionEmbeddings
+from ringstar.paging import PageTable, ShardedCache
 from ringstar.strategies import Extension
 from ringstar.unified import UnifiedMax
 from seqpar import Attend, Held, Run, Runs, Tile, Transport, attend_sharded, tiles, token_count
@@ -49,7 +49,7 @@ class ExtendPass:
         sinks: Tensor | None,
     ) -> Tensor:
         own = sum(token_count(part.positions) for part in self.extension.parts)
-        new = DenseKV(k_BTKD[:, :own], v_BTKD[:, :own])
+        new = self._packed(k_BTKD[:, :own], v_BTKD[:, :own])
         held = [cache.of(window) for cache in self.caches]
         self._keep(layer, new, held)
         if len(held) == 1 and held[0].tokens - held[0].at == own:
@@ -66,13 +66,20 @@ class ExtendPass:
         self.on_layer()
         return _output(whole, sinks, q_BTHD.dtype) if own else q_BTHD.new_zeros(q_BTHD.shape)
 
-    def _keep(self, layer: int, new: DenseKV, held: Sequence[KeptKV]) -> None:
+    def _packed(self, k_BTKD: Tensor, v_BTKD: Tensor) -> KV:
+        """New KV as it is kept and sent; how far that is from it is measured."""
+        pool = self.caches[0].pool
+        packed = pool.storage.packed(k_BTKD, v_BTKD)
+        if pool.storage.kind is not None:
+            pool.rounding.add(k_BTKD, v_BTKD, packed)
+        return packed
+
+    def _keep(self, layer: int, new: KV, held: Sequence[PageTable]) -> None:
         """Write the last tokens of each text to its own cache."""
         stop = 0
         for part, cache in zip(self.extension.parts, held, strict=True):
             stop += token_count(part.positions)
-            kept = new.slice(stop - token_count(part.kept), stop)
-            cache.write(layer, cache.at, kept.k_BTHD, kept.v_BTHD)
+            cache.write(layer, cache.at, new.slice(stop - token_count(part.kept), stop))
 
 
 @dataclass
@@ -93,9 +100,9 @@ class ReplicatedPart:
         held, at = self.cache.of(window), self.rows.start - self.start
         for run in self.own:
             kept = slice(run.start + at, run.stop + at)
-            held.write(layer, held.at, k_BTKD[:, kept], v_BTKD[:, kept])
-        kv = held.view(layer, 0, held.tokens) if held.tokens else _none(k_BTKD, v_BTKD)
-        return Held(self.rows, kv, self.tiles(window, held.runs))
+            new = self.cache.pool.storage.packed(k_BTKD[:, kept], v_BTKD[:, kept])
+            held.write(layer, held.at, new)
+        return Held(self.rows, held.view(layer, 0, held.tokens), self.tiles(window, held.runs))
 
     def tiles(self, window: int | None, held: Runs) -> tuple[Tile, ...]:
         if window not in self._tiles:
@@ -152,11 +159,6 @@ def turn_runs(start: int, tokens: int, rank: int, world: int) -> Runs:
     piece = (rank + start) % world
     run = Run(start + piece * tokens // world, start + (piece + 1) * tokens // world)
     return (run,) if len(run) else ()
-
-
-def _none(k_BTKD: Tensor, v_BTKD: Tensor) -> DenseKV:
-    """No tokens, of the heads and dtype of these."""
-    return DenseKV(k_BTKD[:, :0], v_BTKD[:, :0])
 
 
 def _output(whole: Partial, sinks_H: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import localflash
 from ringstar.answers import Answer, collect
 from ringstar.config import (
+    CacheConfig,
     Config,
     GenerationConfig,
     ModelConfig,
@@ -31,15 +32,26 @@ from ringstar.config import (
     strategy_settings,
 )
 from ringstar.conversation import Conversation
-from ringstar.engine import OnProgress, RankEngine
+from ringstar.document import Document, Shelf
+from ringstar.engine import EncodeCost, OnProgress, RankEngine
 from ringstar.errors import UserError
-from ringstar.metrics import RankMetrics, gather_metrics, slowest
-from ringstar.models import ModelFacts, ModelFiles, choose_dtype, choose_rope_precision, find_model
+from ringstar.memory import make_place, make_pool
+from ringstar.metrics import RankMetrics, gather_metrics, largest, slowest
+from ringstar.models import (
+    ModelFacts,
+    ModelFiles,
+    choose_dtype,
+    choose_rope_precision,
+    find_model,
+    run_once,
+)
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
+from ringstar.room import Victims, make_room
 from ringstar.shard import TextShard
 from ringstar.store import (
     Manifest,
     check_saved,
+    dealt,
     fingerprint,
     is_saved,
     move_saved,
@@ -47,6 +59,7 @@ from ringstar.store import (
     read_manifest,
     read_shard,
     remove_saved,
+    saved_needs,
     write_shards,
 )
 from ringstar.strategies import check_document, describe, make_strategy
@@ -55,28 +68,7 @@ from seqpar import Transport
 log = logging.getLogger("ringstar")
 
 Text = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Document:
-    """An encoded document: its KV stays sharded over the ranks that made it.
-
-    `encode_s` is the slowest rank's, `metrics` every rank's, `shards` those of the ranks in this
-    process.  Of documents that were encoded together, `encode_s` and `metrics.bytes_sent` are
-    those of all.
-    """
-
-    ids: Sequence[int] = field(repr=False)
-    strategy: StrategyConfig
-    encode_s: float
-    metrics: RankMetrics
-    shards: list[TextShard] = field(repr=False)
-    owner: LongContext = field(repr=False, compare=False)
-
-    @property
-    def tokens(self) -> int:
-        """How many it has."""
-        return len(self.ids)
+KVError = tuple[float, float] | None
 
 
 class LongContext:
@@ -113,19 +105,28 @@ class LongContext:
                 f"rope.scaling={kind} by {factor:g} changes the model: it no longer computes what"
                 f" its config says, and takes up to {files.max_positions:,} positions"
             )
+        self._places = [make_place(config.cache, first.device) for _ in ranks.transports]
+        self.shelf = Shelf(keeps=config.cache.reuse)
         for transport in ranks.transports:
             transport.publish("load")
         model = files.load(config.model, dtype, first.device, precision)
-        self._engines = {
-            transport.rank: RankEngine(
+        shapes = run_once(model)
+
+        def engine(transport: Transport) -> RankEngine:
+            pool, said = make_pool(config.cache, shapes, dtype, transport)
+            if transport is first:
+                self._say(said)
+            return RankEngine(
                 model,
                 transport,
+                pool,
                 self.kernel,
                 config.encode.answer_tokens,
                 unified_max=config.kernel.unified_max,
             )
-            for transport in ranks.transports
-        }
+
+        engines = ranks.run(engine)
+        self._engines = {t.rank: each for t, each in zip(ranks.transports, engines, strict=True)}
 
     @classmethod
     def from_pretrained(
@@ -143,6 +144,7 @@ class LongContext:
         timeout_s: float = 1800.0,
         allow_beyond_limit: bool = False,
         rope: RopeConfig | None = None,
+        cache: CacheConfig | None = None,
     ) -> LongContext:
         """Load an unmodified Hugging Face model for `world_size` ranks.
 
@@ -161,6 +163,7 @@ class LongContext:
             timeout_s: how long a rank waits for another, seconds.
             allow_beyond_limit: accept more positions than the model was trained for.
             rope: the precision of rotary angles, and their scaling for longer texts.
+            cache: how much memory KV may take, in which form, and what makes room for more.
 
         Raises:
             UserError: a setting, or a model that cannot be run exactly, by name.
@@ -174,6 +177,7 @@ class LongContext:
             ModelConfig(path=path, dtype=dtype, allow_beyond_limit=allow_beyond_limit),
             rope or RopeConfig(),
             chunk_tokens,
+            cache,
         )
         return cls.from_config(config, None if isinstance(transport, str) else transport)
 
@@ -238,24 +242,106 @@ class LongContext:
             check_fits(config, files, self.world_size, len(document))
             self._say(describe(chosen, len(document), self.world_size))
 
-        def encode(transport: Transport) -> tuple[list[TextShard], list[RankMetrics], float]:
+        totals = [
+            max(length, len(document))
+            for length, document in zip(lengths or [0] * len(ids), ids, strict=True)
+        ]
+        begun = [
+            self.shelf.beginning(document, self._fits(chosen, document, total))
+            for document, total in zip(ids, totals, strict=True)
+        ]
+        known = [found[1] if found else 0 for found in begun]
+        new = [document[tokens:] for document, tokens in zip(ids, known, strict=True)]
+        for document, tokens in zip(ids, known, strict=True):
+            if tokens:
+                self._say(f"{tokens:,} of {len(document):,} tokens are encoded already")
+
+        def encode(
+            transport: Transport,
+        ) -> tuple[list[TextShard], list[RankMetrics], tuple[float, KVError]]:
             transport.check_agreement("strategy", chosen)
+            engine, index = self._engines[transport.rank], self._index(transport)
+            victims = self._victims(transport, [found[0] for found in begun if found])
+            shards = []
+            for found, total in zip(begun, totals, strict=True):
+                if found is None:
+                    shards.append(engine.new_text(total))
+                    continue
+                source = found[0].shards[index]
+                engine.bring_back(source, victims)
+                shards.append(engine.fork(source, found[1], total, victims))
             report = _on_rank_0(transport, on_progress)
             made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
-            shards, cost = self._engines[transport.rank].encode(ids, made, report, lengths or ())
-            took_s = slowest(transport, cost.seconds)
+            cost = engine.encode(shards, new, made, report, victims)
             metrics = [
                 gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent) for shard in shards
             ]
-            return shards, metrics, took_s
+            return shards, metrics, self._slowest_and_worst(transport, cost)
 
-        by_rank, (metrics, *_), (took_s, *_) = zip(*self.ranks.run(encode), strict=True)
-        return [
-            Document(document, chosen, took_s, figures, list(shards), self)
-            for document, figures, shards in zip(
-                ids, metrics, zip(*by_rank, strict=True), strict=True
+        by_rank, (metrics, *_), (costs, *_) = zip(*self.ranks.run(encode), strict=True)
+        took_s, kv_error = costs
+        encoded = [
+            Document(
+                document,
+                chosen,
+                took_s,
+                figures,
+                list(shards),
+                self,
+                self.world_size,
+                cached_tokens=tokens,
+                kv_error=kv_error,
+            )
+            for document, figures, shards, tokens in zip(
+                ids, metrics, zip(*by_rank, strict=True), known, strict=True
             )
         ]
+        for each in encoded:
+            self.shelf.add(each)
+        return encoded
+
+    def _fits(
+        self, strategy: StrategyConfig, ids: Sequence[int], length: int
+    ) -> Callable[[Document, int], bool]:
+        """Whether the first tokens of a document are as this strategy would encode them."""
+
+        def fits(document: Document, tokens: int) -> bool:
+            shard = document.shards[0]
+            engine = next(iter(self._engines.values()))
+            if isinstance(strategy, StarConfig) or isinstance(document.strategy, StarConfig):
+                # blocks and anchors are parts of one whole document, dealt to so many ranks
+                same = (
+                    document.strategy == strategy
+                    and document.encoded_by == self.world_size
+                    and tokens == len(ids) == document.tokens
+                )
+            else:
+                same = True
+            same = same and engine.same_rope(shard.length, length)
+            return same and shard.remembers(tokens)
+
+        return fits
+
+    def _slowest_and_worst(self, transport: Transport, cost: EncodeCost) -> tuple[float, KVError]:
+        """The time of the slowest rank, and the largest rounding of KV."""
+        took_s = slowest(transport, cost.seconds)
+        if self.config.cache.dtype == "auto":
+            return took_s, None
+        keys, values = largest(transport, cost.kv_error or (0.0, 0.0))
+        if transport.rank == 0 and cost.kv_error:
+            name = self.config.cache.dtype
+            self._say(f"KV rounded to {name}: keys by {keys:.2%}, values by {values:.2%} (RMS)")
+        return took_s, (keys, values)
+
+    def _index(self, transport: Transport) -> int:
+        """Which of the ranks of this process it is."""
+        return next(i for i, each in enumerate(self.ranks.transports) if each is transport)
+
+    def _victims(self, transport: Transport, but: Sequence[Document]) -> Victims:
+        """What may make room on this rank, with those that are in use left out."""
+        index = self._index(transport)
+        shards = [document.shards[index] for document in self.shelf.victims(but)]
+        return Victims(shards, self._places[index])
 
     def append(
         self, document: Document, more: Text, on_progress: OnProgress | None = None
@@ -278,28 +364,36 @@ class LongContext:
         check_fits(config, self.files, self.world_size, total)
         length = max(document.shards[0].length, total)
         self._check_rope(document, length, "encode the whole anew")
-        document.shards.clear()
 
-        def append(transport: Transport) -> tuple[RankMetrics, float]:
-            transport.check_agreement("document", ids)
-            started, sent = time.perf_counter(), transport.counters.bytes_sent
+        def append(transport: Transport) -> tuple[RankMetrics, tuple[float, KVError]]:
+            engine, shard = self._engines[transport.rank], shards[transport.rank]
             report = _on_rank_0(transport, on_progress)
             made = make_strategy(
                 document.strategy, self.config.encode, transport, self.files.vocab_size
             )
-            shard = shards[transport.rank]
+            victims = self._victims(transport, [document])
+            engine.bring_back(shard, victims)
             shard.rewind()
-            self._engines[transport.rank].extend([shard], [ids], made, report)
-            shard.keep()
-            sent = transport.counters.bytes_sent - sent
-            took_s = slowest(transport, time.perf_counter() - started)
-            return gather_metrics(transport, shard.cache.nbytes, sent), took_s
+            cost = engine.encode([shard], [ids], made, report, victims)
+            metrics = gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent)
+            return metrics, self._slowest_and_worst(transport, cost)
 
-        metrics, took_s = self.ranks.run(append)[0]
-        whole = [*document.ids, *ids]
-        return replace(
-            document, ids=whole, encode_s=took_s, metrics=metrics, shards=list(shards.values())
+        with _used_up(document):
+            metrics, (took_s, kv_error) = self.ranks.run(append)[0]
+        pinned = document in self.shelf.pinned
+        self.shelf.remove(document)
+        made = replace(
+            document,
+            ids=[*document.ids, *ids],
+            encode_s=took_s,
+            metrics=metrics,
+            shards=list(shards.values()),
+            kv_error=kv_error,
         )
+        self.shelf.add(made)
+        if pinned:
+            made.pin()
+        return made
 
     def ask(
         self,
@@ -348,17 +442,20 @@ class LongContext:
         check_ids("question", ids, self.files.vocab_size)
         shards = self._shards(document)
         self._check_question(document, len(before) + len(ids), chosen.max_new_tokens)
+        self.shelf.use(document)
         tokenizer, ends = self.files.tokenizer, self.files.end_tokens()
         if chosen.stop and tokenizer is None:
             raise UserError("generation.stop", chosen.stop[0], "needs a model with a tokenizer")
 
         def answer(transport: Transport) -> Answer:
             started = time.perf_counter()
-            shard = shards[transport.rank]
+            engine, shard = self._engines[transport.rank], shards[transport.rank]
+            victims = self._victims(transport, [document])
+            engine.bring_back(shard, victims)
             shown = on_text if transport.rank == 0 else None
             read = shard.take_up(top) - document.tokens
             new = [*before[read:], *ids]
-            with closing(self._engines[transport.rank].generate(shard, new, chosen)) as steps:
+            with closing(engine.generate(shard, new, chosen, victims)) as steps:
                 made = collect(steps, chosen, ends, tokenizer, shown)
                 sent = transport.counters.bytes_sent
                 metrics = gather_metrics(transport, shard.cache.nbytes, sent)
@@ -393,8 +490,13 @@ class LongContext:
             raise UserError("last", last, f"allowed: from 1 to the {len(ids)} ids")
         self._check_question(document, len(ids))
 
+        self.shelf.use(document)
+
         def score(transport: Transport) -> torch.Tensor:
-            return self._engines[transport.rank].score(shards[transport.rank], ids, last)
+            engine, shard = self._engines[transport.rank], shards[transport.rank]
+            victims = self._victims(transport, [document])
+            engine.bring_back(shard, victims)
+            return engine.score(shard, ids, last, victims)
 
         return self.ranks.run(score)[0].cpu()
 
@@ -485,6 +587,7 @@ class LongContext:
         def write(transport: Transport) -> str | None:
             transport.publish("save")
             shard = shards[transport.rank]
+            self._engines[transport.rank].bring_back(shard, self._victims(transport, [document]))
             return write_shards(transport, shard, document.ids, path, facts, before)
 
         wrong = self.ranks.run(write)[0]
@@ -510,7 +613,11 @@ class LongContext:
             wrong = check_saved(transport, path, manifest)
             if wrong is not None:
                 return None, None, wrong
-            shard, wrong = read_shard(transport, path, manifest, layout, room)
+            engine, owned = self._engines[transport.rank], dealt(manifest, layout, transport)
+            shard = engine.new_text(manifest.length)
+            needs = saved_needs(shard, manifest, owned[transport.rank])
+            make_room(transport, engine.pool, needs, self._victims(transport, ()))
+            wrong = read_shard(transport, path, manifest, owned, shard, room)
             took_s = slowest(transport, time.perf_counter() - started)
             return shard, (gather_metrics(transport, shard.cache.nbytes, 0), took_s), wrong
 
@@ -524,7 +631,10 @@ class LongContext:
             f"document of {len(ids):,} tokens loaded from {folder}: encoded by {chosen.name} over"
             f" {saved_by} ranks, dealt to {self.world_size}"
         )
-        return Document(ids, chosen, took_s, metrics, list(shards), self)
+        by = len(manifest.parts[0].files)
+        document = Document(ids, chosen, took_s, metrics, list(shards), self, by)
+        self.shelf.add(document)
+        return document
 
     def _identity(self) -> dict[str, str]:
         """What KV depends on, beside the tokens and the strategy."""
@@ -535,15 +645,17 @@ class LongContext:
             "fingerprint": fingerprint(model.model),
             "dtype": str(self.dtype).removeprefix("torch."),
             "rope": model.rotary.precision + scaled,
+            "kv": self.config.cache.dtype,
         }
 
     def _check_identity(self, folder: str, manifest: Manifest) -> StrategyConfig:
         """How a saved document was encoded; UserError if this model would not have."""
         ours = self._identity()
-        for name in ("model", "dtype", "rope", "fingerprint"):
+        for name in ("model", "dtype", "rope", "kv", "fingerprint"):
             theirs, own = str(getattr(manifest, name)), ours[name]
             if theirs != own:
-                what = "model (weights or config)" if name == "fingerprint" else name
+                names = {"fingerprint": "model (weights or config)", "kv": "cache.dtype"}
+                what = names.get(name, name)
                 why = f"was encoded with another {what}: {theirs[:16]}, here {own[:16]}"
                 raise UserError("document.load", folder, why)
         chosen = saved_strategy("document.load", folder, manifest.strategy)
@@ -556,6 +668,12 @@ class LongContext:
             raise UserError("document", None, "was encoded by another LongContext: encode it here")
         if not document.shards:
             raise UserError("document", None, "was appended to: use what append returned")
+        if document.evicted:
+            why = (
+                "made room for others, or was forgotten: encode it again; Document.pin() keeps one"
+                " in its place, cache.offload=disk puts them aside, cache.max_bytes holds more"
+            )
+            raise UserError("document", f"{document.tokens} tokens", why)
         pairs = zip(self.ranks.transports, document.shards, strict=True)
         return {transport.rank: shard for transport, shard in pairs}
 
@@ -576,6 +694,9 @@ class LongContext:
 
     def close(self) -> None:
         """Leave the group of ranks; the last call."""
+        for place in self._places:
+            if place is not None:
+                place.close()
         for transport in self.ranks.transports:
             transport.close()
 
@@ -585,6 +706,18 @@ class LongContext:
                 if line not in self._said:
                     log.info(line)
                 self._said.add(line)
+
+
+@contextmanager
+def _used_up(document: Document) -> Iterator[None]:
+    """Its KV becomes another's; if that is refused before it begins, it is what it was."""
+    shards = list(document.shards)
+    document.shards.clear()
+    try:
+        yield
+    except UserError:
+        document.shards[:] = shards
+        raise
 
 
 def _on_rank_0(transport: Transport, report: OnProgress | None) -> OnProgress:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringstar.cache import ShardedCache
-from seqpar import Runs, Span, joined
+import torch
+
+from ringstar.paging import Needs, PagePool, ShardedCache
+from ringstar.stowed import Place, Stowed
+from seqpar import Runs, Span, before, joined
 
 
 class TextShard:
@@ -16,10 +19,12 @@ class TextShard:
     depend on.
     """
 
-    def __init__(self, world: int, length: int = 0):
-        self.cache = ShardedCache()
+    def __init__(self, world: int, pool: PagePool, length: int = 0):
+        self.cache = ShardedCache(pool)
         self.tokens, self.length = 0, length
         self.owned: tuple[Runs, ...] = ((),) * world
+        self._stowed: Stowed | None = None
+        self.evicted = False
         self.keep()
 
     def span(self, tokens: int) -> Span:
@@ -35,12 +40,13 @@ class TextShard:
         """What is there now stays."""
         self._kept = (self.tokens, self.owned, self.cache.state)
         self._top: object = None
+        self.ready = self.tokens  # the length up to which there is room
 
     def rewind(self) -> None:
         """Forget what came since the last `keep`."""
         self.tokens, self.owned, state = self._kept
         self.cache.truncate(state)
-        self._top = None
+        self._top, self.ready = None, self.tokens
 
     def take_up(self, top: object) -> int:
         """How many tokens are there, those of `top` among them if it was the last to `leave`.
@@ -58,6 +64,53 @@ class TextShard:
         if top is None:
             self.rewind()
         self._top = top
+
+    # --- sharing
+
+    def remembers(self, tokens: int) -> bool:
+        """Whether another text can begin with its first `tokens`."""
+        return self.cache.remembers(tokens)
+
+    def fork(self, tokens: int, length: int = 0) -> TextShard:
+        """Another text that begins with the first `tokens` of this one, and shares its pages."""
+        made = TextShard(len(self.owned), self.cache.pool, length or self.length)
+        made.cache, made.tokens = self.cache.fork(tokens), tokens
+        made.owned = tuple(before(runs, tokens) for runs in self.owned)
+        made.keep()
+        return made
+
+    def __deepcopy__(self, memo: dict) -> TextShard:
+        with torch.inference_mode():  # scripts copy what ranks wrote in it
+            return self.fork(self.tokens)
+
+    # --- making room for others
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its KV is in pages now."""
+        return self._stowed is None and not self.evicted
+
+    def evict(self) -> None:
+        """Give all of its pages back; it can be used no more."""
+        self.rewind()
+        self.cache.release()
+        self.evicted = True
+
+    def stow(self, place: Place) -> None:
+        """Take its KV out of the pages, to `place`."""
+        self.rewind()
+        self._stowed = Stowed(self.cache, place)
+        self.cache.release()
+
+    def return_needs(self) -> Needs:
+        """The pages that `bring_back` takes."""
+        return self._stowed.needs(self.cache) if self._stowed else Needs()
+
+    def bring_back(self, ahead: int) -> None:
+        """Put KV that was stowed into pages again, with room for `ahead` tokens more."""
+        if self._stowed is not None:
+            self._stowed.restore(self.cache, ahead)
+            self._stowed = None
 
 
 def _all_joined(runs: Runs, more: Runs) -> Runs:

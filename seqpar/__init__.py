@@ -1,6 +1,16 @@
 """What both strategies share: transports, layouts, ring schedules, the cross-rank merge."""
 
-from seqpar.layout import Layout, LayoutKind, Run, Runs, clip, joined, positions, token_count
+from seqpar.layout import (
+    Layout,
+    LayoutKind,
+    Run,
+    Runs,
+    before,
+    clip,
+    joined,
+    positions,
+    token_count,
+)
 from seqpar.local import Attend, accumulate_tiles, rows_of
 from seqpar.packing import Part, Span, cut, packed_steps, side_by_side
 from seqpar.room import kv_over, kv_room, token_nbytes
@@ -32,6 +42,7 @@ __all__ = [
     "Work",
     "accumulate_tiles",
     "attend_sharded",
+    "before",
     "clip",
     "cut",
     "joined",

@@ -54,6 +54,11 @@ def clip(runs: Runs, start: int) -> Runs:
     )
 
 
+def before(runs: Runs, stop: int) -> Runs:
+    """The positions below `stop`, in the same order."""
+    return tuple(Run(run.start, min(run.stop, stop), run.step) for run in runs if run.start < stop)
+
+
 def joined(runs: Runs, run: Run) -> Runs:
     """`runs` and then `run`, as one run where the spacing goes on: lists stay short."""
     if not runs:

@@ -13,6 +13,7 @@ from ringstar.models.generating import (
     sharded_past,
     wanted_logits,
 )
+from ringstar.models.geometry import LayerShape, Shapes, run_once
 from ringstar.models.load import (
     ModelFiles,
     choose_dtype,
@@ -29,9 +30,11 @@ __all__ = [
     "SUPPORTED",
     "TINY",
     "BoundModel",
+    "LayerShape",
     "ModelFacts",
     "ModelFiles",
     "PositionEmbeddings",
+    "Shapes",
     "ShardedPast",
     "causal_output",
     "check_attachable",
@@ -43,6 +46,7 @@ __all__ = [
     "find_model",
     "new_tokens",
     "quiet_transformers",
+    "run_once",
     "save_tiny",
     "sharded_past",
     "wanted_logits",

@@ -21,7 +21,8 @@ from ringstar.models.bind import BoundModel, bind
 from ringstar.models.extend import extend
 from ringstar.models.facts import ModelFacts
 from ringstar.models.families import check_family
-from ringstar.models.quantised import check_quantised, quantised, run_once
+from ringstar.models.geometry import run_once
+from ringstar.models.quantised import check_quantised, quantised
 from ringstar.models.smollm2 import smollm2_folder
 from ringstar.prompt import PromptFormat, continuing_ids, prompt_format
 

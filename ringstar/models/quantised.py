@@ -10,12 +10,9 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ringstar.errors import UserError, in_a_line
-from ringstar.models.attention import PositionEmbeddings
 
 
 def check_quantised(path: str, config: Any, key: str = "model.path") -> None:
@@ -54,38 +51,6 @@ def quantised(config: Any) -> str | None:
     settings = _settings(stored)
     widened = ", which transformers widens while it loads them" if _widened(settings) else ""
     return f"weights quantised by {_name(settings)}{widened}"
-
-
-class _OneToken:
-    """A forward pass of one token, which sees itself alone: its attention is its own value."""
-
-    def __init__(self, position_embeddings: PositionEmbeddings):
-        self.position_embeddings = position_embeddings
-
-    def attend(
-        self, layer: int, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **_: Any
-    ) -> Tensor:
-        """The values, repeated for the heads that share them (B, 1, H, D)."""
-        return v_BTKD.repeat_interleave(q_BTHD.shape[2] // v_BTKD.shape[2], dim=2)
-
-
-@torch.inference_mode()
-def run_once(bound: Any) -> None:
-    """One token through a `BoundModel`, before ranks share it.
-
-    Some quantised layers repack their weights when they are first called, which simulated ranks
-    must not do at once; and some run only in the dtype in which they were stored, which shows here
-    rather than in the middle of an encode.
-    """
-    one = torch.zeros(1, dtype=torch.int64, device=bound.device)
-    like = torch.empty(0, dtype=bound.dtype, device=bound.device)
-    bound.model(
-        input_ids=one.unsqueeze(0),
-        position_ids=one.unsqueeze(0),
-        use_cache=False,
-        logits_to_keep=1,
-        ringstar_context=_OneToken(bound.rotary.plan(one, like, 1)),
-    )
 
 
 def _stored(config: Any) -> Any | None:

@@ -2,7 +2,14 @@
 
 from ringstar.store.identity import fingerprint
 from ringstar.store.manifest import Manifest, read_manifest
-from ringstar.store.read import check_saved, read_ids, read_shard, saved_ids
+from ringstar.store.read import (
+    check_saved,
+    dealt,
+    read_ids,
+    read_shard,
+    saved_ids,
+    saved_needs,
+)
 from ringstar.store.write import (
     check_place,
     is_saved,
@@ -15,6 +22,7 @@ __all__ = [
     "Manifest",
     "check_place",
     "check_saved",
+    "dealt",
     "fingerprint",
     "is_saved",
     "move_saved",
@@ -23,5 +31,6 @@ __all__ = [
     "read_shard",
     "remove_saved",
     "saved_ids",
+    "saved_needs",
     "write_shards",
 ]

@@ -18,11 +18,13 @@ from typing import Any
 from ringstar.errors import UserError
 from seqpar import Run, Runs, clip, token_count
 
-FORMAT, VERSION = "ringstar document", 1
+FORMAT, VERSION = "ringstar document", 2
 NAME = "manifest.json"
 DATA = re.compile(r"data-[0-9a-f]{16}")
 # a manifest of more is none of ours: runs are few, whatever the length of the text
 _MOST_BYTES = 64 << 20
+# what there is of a layer, in the order of `KV.tensors`; scales of quantised KV only
+WHAT = ("k", "v", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ class Part:
 class Manifest:
     """A saved document.
 
-    `rope` and `strategy` are how it was encoded, `length` is that of the whole text; `layers` are
-    those of each window, None for those that see everything.
+    `kv` is the form in which it is kept (`auto`: in `dtype`), `rope` and `strategy` are how it was
+    encoded, `length` is that of the whole text; `layers` are those of each window, None for those
+    that see everything.
     """
 
     model: str
     fingerprint: str
     dtype: str
+    kv: str
     rope: str
     strategy: dict[str, Any]
     length: int
@@ -101,7 +105,7 @@ def file_name(part: int, rank: int) -> str:
 
 
 def tensor_name(layer: int, what: str) -> str:
-    """Of k or v (tokens, KV heads, head size) of a layer, in a rank's file."""
+    """Of one of `WHAT` of a layer, in a rank's file: (tokens, KV heads, head size), or scales."""
     return f"layers.{layer}.{what}"
 
 
@@ -131,6 +135,7 @@ def read_manifest(key: str, folder: str) -> tuple[Path, Manifest]:
 
 
 def _parsed(body: dict[str, Any]) -> Manifest:
+    body = {"kv": "auto", **body}  # format 1 knew no other
     fields = {name: body[name] for name in Manifest.__dataclass_fields__}
     fields["layers"] = {window: tuple(map(int, each)) for window, each in fields["layers"]}
     fields["parts"] = tuple(_part(**part) for part in fields["parts"])

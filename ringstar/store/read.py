@@ -14,8 +14,16 @@ from torch import Tensor
 
 from ringstar.errors import UserError, in_a_line
 from ringstar.metrics import gather_integers
+from ringstar.paging import Needs
 from ringstar.shard import TextShard
-from ringstar.store.manifest import Manifest, file_name, kept, read_manifest, tensor_name
+from ringstar.store.manifest import (
+    WHAT,
+    Manifest,
+    file_name,
+    kept,
+    read_manifest,
+    tensor_name,
+)
 from seqpar import Layout, LayoutKind, Runs, Transport, positions, token_count
 
 log = logging.getLogger("ringstar")
@@ -57,24 +65,48 @@ def check_saved(transport: Transport, path: Path, manifest: Manifest) -> str | N
     return f"damaged: {manifest.data}/{files[first][0]} is not as it was written"
 
 
-def read_shard(
-    transport: Transport, path: Path, manifest: Manifest, layout: LayoutKind, room: int
-) -> tuple[TextShard, str | None]:
-    """This rank's share of a document whose files were checked, and what is wrong on some rank.
+def dealt(manifest: Manifest, layout: LayoutKind, transport: Transport) -> tuple[Runs, ...]:
+    """What each of these ranks takes of a saved document.
 
     As many ranks as saved it take what each of them had; others are dealt it by `layout`.
-    `room` tokens more will fit.
     """
-    shard, failed = TextShard(transport.world_size, manifest.length), 0
+    world = transport.world_size
+    anew = Layout(layout, 0, manifest.tokens, world)
+    return manifest.owned_by(world) or tuple(anew.runs(rank) for rank in range(world))
+
+
+def saved_needs(shard: TextShard, manifest: Manifest, owned: Runs) -> Needs:
+    """The pages that `owned` takes in a text that is empty."""
+    return Needs(
+        {
+            window: shard.cache.of(window).needs(token_count(kept(owned, window, manifest.tokens)))
+            for window in shard.cache.layers
+        }
+    )
+
+
+def read_shard(
+    transport: Transport,
+    path: Path,
+    manifest: Manifest,
+    owned: tuple[Runs, ...],
+    shard: TextShard,
+    room: int,
+) -> str | None:
+    """This rank's share of a document whose files were checked; what is wrong on some rank.
+
+    `shard` is empty until now, `owned` is what each rank takes; `room` tokens more will fit.
+    """
+    failed = 0
     try:
-        _read_into(shard, transport, path / manifest.data, manifest, layout, room)
+        _read_into(shard, transport, path / manifest.data, manifest, owned, room)
     except (SafetensorError, OSError, ValueError) as error:
         log.debug("reading a document", exc_info=error)
         failed = 1
     if any(gather_integers(transport, [failed])[0]):
-        return shard, f"damaged: {manifest.data} does not hold what the manifest says"
+        return f"damaged: {manifest.data} does not hold what the manifest says"
     shard.keep()
-    return shard, None
+    return None
 
 
 def _read_into(
@@ -82,22 +114,24 @@ def _read_into(
     transport: Transport,
     data: Path,
     manifest: Manifest,
-    layout: LayoutKind,
+    owned: tuple[Runs, ...],
     room: int,
 ) -> None:
-    world, rank = transport.world_size, transport.rank
-    dealt = Layout(layout, 0, manifest.tokens, world)
-    owned = manifest.owned_by(world) or tuple(dealt.runs(each) for each in range(world))
+    if manifest.layers != shard.cache.layers:
+        raise ValueError(f"it has the layers {manifest.layers}, not {shard.cache.layers}")
     shard.grow(manifest.tokens, owned)
-    shard.cache.reserve(token_count(owned[rank]) + room)
     with SavedRanks(data, manifest) as saved:
         for window, layers in manifest.layers.items():
-            wanted = kept(owned[rank], window, manifest.tokens)
-            held = shard.cache.restore(window, wanted, room)
+            wanted = kept(owned[transport.rank], window, manifest.tokens)
+            forgotten = 0 if window is None else max(0, manifest.tokens - window + 1)
+            held = shard.cache.restore(window, wanted, forgotten, room)
             sources = _sources(manifest, window, wanted)
             for layer in layers:
-                k, v = (saved.gathered(layer, what, window, wanted, sources) for what in "kv")
-                held.write(layer, 0, *(t.unsqueeze(0).to(transport.device) for t in (k, v)))
+                kind = held.view(layer, 0, 0)
+                names = [tensor_name(layer, what) for what in WHAT[: len(kind.tensors)]]
+                forms = zip(names, kind.tensors, strict=True)
+                whole = [saved.gathered(*form, window, wanted, sources) for form in forms]
+                held.write(layer, 0, kind.of(tuple(whole)))
 
 
 # a part and a rank of it, which of its tokens, and which of ours they are
@@ -127,33 +161,30 @@ class SavedRanks(AbstractContextManager["SavedRanks"]):
         self._files: dict[tuple[int, int], Any] = {}
 
     def gathered(
-        self, layer: int, what: str, window: int | None, wanted: Runs, sources: list[Source]
+        self, name: str, like: Tensor, window: int | None, wanted: Runs, sources: list[Source]
     ) -> Tensor:
-        """k or v of a layer (tokens, KV heads, head size) at the positions `wanted`."""
-        name = tensor_name(layer, what)
-        whole = [self._tensor(place, name, window) for place, _, _ in sources]
+        """A tensor (1, tokens, …) of a layer at the positions `wanted`, in the form of `like`."""
+        whole = [self._tensor(place, name, like, window) for place, _, _ in sources]
         if len(whole) == 1 and len(sources[0][1]) == len(whole[0]) == token_count(wanted):
             _, take, to = sources[0]
             if torch.equal(take, to):
-                return whole[0]
-        _, heads, dim = self._slice((0, 0), name).get_shape()
-        dtype = getattr(torch, self._manifest.dtype)
-        made = torch.empty(token_count(wanted), heads, dim, dtype=dtype)
+                return whole[0].unsqueeze(0)
+        made = torch.empty(token_count(wanted), *like.shape[2:], dtype=like.dtype)
         for (_, take, to), tensor in zip(sources, whole, strict=True):
             made[to] = tensor[take]
-        return made
+        return made.unsqueeze(0)
 
     def __exit__(self, *_: object) -> None:
         self._files.clear()
 
-    def _tensor(self, place: tuple[int, int], name: str, window: int | None) -> Tensor:
+    def _tensor(
+        self, place: tuple[int, int], name: str, like: Tensor, window: int | None
+    ) -> Tensor:
         number, rank = place
         tokens = token_count(self._manifest.parts[number].kept(rank, window))
         tensor = self._slice(place, name)[:]
-        if tensor.ndim != 3 or len(tensor) != tokens:
-            raise ValueError(f"{name} of {place} has the shape {tuple(tensor.shape)}")
-        if tensor.dtype != getattr(torch, self._manifest.dtype):
-            raise ValueError(f"{name} of {place} is {tensor.dtype}")
+        if tensor.shape != (tokens, *like.shape[2:]) or tensor.dtype != like.dtype:
+            raise ValueError(f"{name} of {place} is {tuple(tensor.shape)} {tensor.dtype}")
         return tensor
 
     def _slice(self, place: tuple[int, int], name: str) -> Any:

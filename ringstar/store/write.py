@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -20,18 +18,21 @@ from ringstar.errors import UserError
 from ringstar.files import UNFINISHED, write_atomically
 from ringstar.metrics import gather_integers
 from ringstar.shard import TextShard
-from ringstar.store.manifest import DATA, NAME, Manifest, Part, file_name, kept, tensor_name
+from ringstar.store.manifest import (
+    DATA,
+    NAME,
+    WHAT,
+    Manifest,
+    Part,
+    file_name,
+    kept,
+    tensor_name,
+)
+from ringstar.tensors import write_tensors
 from seqpar import Runs, Transport, clip, token_count
 
 # beside the KV: headers and the manifest
 _SPARE_BYTES = 1 << 20
-# safetensors' names
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-}
 _FOREIGN = errno.ENOTEMPTY  # the folder holds something else
 
 
@@ -64,7 +65,7 @@ def write_shards(
 
     def write() -> None:
         data.mkdir(parents=True, exist_ok=True)
-        size, checksum = _write(data / file_name(number, transport.rank), tensors)
+        size, checksum = write_tensors(data / file_name(number, transport.rank), tensors)
         made[:] = [size, *_as_integers(checksum)]
 
     def commit() -> None:
@@ -130,36 +131,14 @@ def check_place(key: str, folder: str) -> None:
 
 
 def _tensors(shard: TextShard, owned: Runs, ids: Sequence[int]) -> dict[str, Tensor]:
-    """What this rank's file holds: k and v of each layer at `owned`, which came last; and `ids`."""
+    """What this rank's file holds: each layer's KV at `owned`, which came last; and `ids`."""
     tensors = {"ids": torch.tensor(list(ids), dtype=torch.int64)} if ids else {}
     for window, layer, kv in shard.cache.all_layers():
         last = kv.tokens - token_count(kept(owned, window, shard.tokens))
-        tensors[tensor_name(layer, "k")] = kv.k_BTHD[0, last:]
-        tensors[tensor_name(layer, "v")] = kv.v_BTHD[0, last:]
+        written = kv.slice(last, kv.tokens).tensors
+        for what, tensor in zip(WHAT, written, strict=False):
+            tensors[tensor_name(layer, what)] = tensor[0]
     return tensors
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """A safetensors file, tensor by tensor; its size and its checksum."""
-    header, at = {}, 0
-    for name, tensor in tensors.items():
-        offsets = [at, at := at + tensor.nbytes]
-        shape = list(tensor.shape)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:  # over what a stopped run may have left
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            file.write(piece)
-        for tensor in tensors.values():
-            content = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data
-            digest.update(content)
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell(), digest.hexdigest()
 
 
 def _check_room(folder: Path, needed: int) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from localflash import BACKENDS, Case
 from ringstar import LongContext
-from ringstar.config import Config, EncodeConfig, ModelConfig, RingConfig, StarConfig
+from ringstar.config import CacheConfig, Config, EncodeConfig, ModelConfig, RingConfig, StarConfig
 from seqpar import ThreadWorld, Transport
 from seqpar.process import ProcessWorld
 from seqpar.spawn import Start
@@ -95,6 +95,7 @@ def settings(folder: str) -> Config:
         model=ModelConfig(path=folder, dtype="float32"),
         strategy=RingConfig(),
         encode=EncodeConfig(CHUNK_TOKENS),
+        cache=CacheConfig(reuse=False),
     )
 
 

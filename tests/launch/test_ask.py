@@ -250,3 +250,114 @@ def test_answers_to_something_else_are_left_alone(run, asked):
     _, err = run(*arguments, *THREADS, status=2)
     assert "has 3 answers to 1 questions" in err
     assert path.read_text() == before
+
+
+# --- several documents
+
+
+@pytest.fixture
+def library(tmp_path, chat, book):
+    """Three documents that begin alike, and questions about them in turn."""
+    text = Path(book).read_text()
+    ids = [5, 6, 7, 8] * 30
+    documents = tmp_path / "my documents.jsonl"
+    documents.write_text(
+        "\n".join(
+            json.dumps(line)
+            for line in (
+                {"document": "a book", "path": book, "note": "kept"},
+                {"document": "longer", "text": text + "\nThe captain was called Vega."},
+                {"document": "ids", "context_ids": ids},
+            )
+        )
+    )
+    asked = [
+        {"document": name, "question": question}
+        for question in ("Who left?", "What name?")
+        for name in ("a book", "longer", "ids")
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(map(json.dumps, asked)))
+    out = tmp_path / "answers.jsonl"
+    arguments = [f"model.path={chat}", f"questions.documents_path={documents}"]
+    arguments += [f"questions.path={questions}", f"output.path={out}"]
+    texts = {"a book": text, "longer": text + "\nThe captain was called Vega.", "ids": ids}
+    return [*arguments, "generation.max_new_tokens=8"], out, asked, texts
+
+
+def alone(chat, texts, asked, **options):
+    ring = LongContext.from_pretrained(chat, transport="threads", world_size=2, threads_per_rank=1)
+    talks = {name: ring.converse(ring.encode(text)) for name, text in texts.items()}
+    if options:
+        return [talks[q["document"]].ask(q["question"], max_new_tokens=8).ids for q in asked]
+    return [
+        ring.ask(talks[q["document"]].document, q["question"], max_new_tokens=8).ids for q in asked
+    ]
+
+
+@pytest.mark.parametrize("follow_up", [False, True])
+@pytest.mark.parametrize("budget", [[], ["cache.max_bytes=58000", "cache.page_tokens=8"]])
+def test_several_documents(follow_up, budget, run, library, chat):
+    """With a budget for one of them: each is encoded again when it is asked again."""
+    arguments, path, asked, texts = library
+    options = [*THREADS, *budget] + ["questions.follow_up=true"] * follow_up
+    _, err = run(*arguments, *options)
+    want = alone(chat, texts, asked, **{"follow_up": True} if follow_up else {})
+    assert [answer["answer_ids"] for answer in lines_of(path)] == want
+    assert [answer["document"] for answer in lines_of(path)] == [q["document"] for q in asked]
+    assert ("made room for others: it is encoded again" in err) == bool(budget)
+    assert budget or "tokens are encoded already" in err
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    run(*arguments, *options)
+    assert [answer["answer_ids"] for answer in lines_of(path)] == want
+
+
+def test_a_saved_document_among_others(run, library, chat, book, tmp_path):
+    arguments, path, asked, texts = library
+    folder = tmp_path / "book.kv"
+    save = [f"model.path={chat}", f"document.path={book}", f"document.save={folder}", *THREADS]
+    generate([*save, "question=Who left?", "generation.max_new_tokens=1"])
+    documents = Path(arguments[1].partition("=")[2])
+    first, *others = documents.read_text().splitlines()
+    first = json.dumps({"document": "a book", "load": str(folder)})
+    documents.write_text("\n".join([first, *others]))
+    run(*arguments, *THREADS)
+    assert [answer["answer_ids"] for answer in lines_of(path)] == alone(chat, texts, asked)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{", "is not JSON"),
+        ('{"document": "b"}', 'needed: {"document": NAME, "path"'),
+        ('{"document": 5, "text": "b"}', 'needed: {"document": NAME, "path"'),
+        ('{"document": "b", "text": "c", "path": "d"}', 'needed: {"document": NAME, "path"'),
+        ('{"document": "b", "text": " "}', "text: is empty, or not text"),
+        ('{"document": "b", "path": "/none"}', "path=/none: cannot be read"),
+        ('{"document": "b", "load": "/none"}', "load=/none: "),
+        ('{"document": "b", "context_ids": [100000]}', "document=100000: token ids must be"),
+        ('{"document": "ids", "text": "c"}', "document=ids: is the name of two documents"),
+    ],
+)
+def test_wrong_documents_are_named_before_weights_load(line, why, library, run, monkeypatch):
+    monkeypatch.setattr("ringstar.models.ModelFiles.load", _touched)
+    arguments, *_ = library
+    documents = Path(arguments[1].partition("=")[2])
+    documents.write_text(documents.read_text() + f"\n{line}\n")
+    _, err = run(*arguments, *THREADS, status=2)
+    assert f"questions.documents_path={documents}:4" in err and why in err
+    assert len(err.splitlines()) == 1
+
+
+def test_questions_about_no_document(library, run, book):
+    arguments, *_ = library
+    questions = Path(arguments[2].partition("=")[2])
+    questions.write_text('{"question": "a", "document": "c"}')
+    _, err = run(*arguments, *THREADS, status=2)
+    assert "document=c: names none of questions.documents_path: a book, longer, ids" in err
+    _, err = run(*arguments, f"document.path={book}", *THREADS, status=2)
+    assert f"document.path={book}: questions.documents_path has the documents" in err
+    typed = [argument for argument in arguments if not argument.startswith("questions.path")]
+    _, err = run(*typed, *THREADS, status=2)
+    assert "questions.path: needed: each names its document" in err

@@ -46,6 +46,7 @@ FIELDS = {
     "kernel": str,
     "dtype": str,
     "device": str,
+    "cached_tokens": int,
     "encode_s": float,
     "ttft_s": float,
     "tpot_s": float,
@@ -53,6 +54,7 @@ FIELDS = {
     "peak_memory_bytes": list,
     "kv_bytes": list,
     "bytes_sent": list,
+    "kv_error": list | None,
 }
 
 

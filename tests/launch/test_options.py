@@ -25,6 +25,13 @@ from launch.outputs import resolved_config
 from ringstar.config import Config
 
 OPTIONS = [
+    "cache.dtype",
+    "cache.max_bytes",
+    "cache.memory_fraction",
+    "cache.offload",
+    "cache.offload_path",
+    "cache.page_tokens",
+    "cache.reuse",
     "document.checkpoint_every",
     "document.ids_path",
     "document.load",
@@ -70,12 +77,18 @@ OPTIONS = [
 
 # launch.compare: no strategy, nothing of sampling
 ASK_OPTIONS = sorted(
-    {*OPTIONS, "questions.follow_up", "questions.path"}
+    {*OPTIONS, "questions.documents_path", "questions.follow_up", "questions.path"}
     - {"question", "question_path", "output.first_logits"}
 )
 COMPARE_OPTIONS = sorted(
     {key for key in OPTIONS if not key.startswith("strategy.")}
-    - {"document.checkpoint_every", "document.load", "document.save", "output.first_logits"}
+    - {
+        "cache.reuse",
+        "document.checkpoint_every",
+        "document.load",
+        "document.save",
+        "output.first_logits",
+    }
     - {"generation.seed", "generation.temperature", "generation.top_p"}
     | {
         "compare.needle_trials",

@@ -5,24 +5,18 @@ Documents that grow: as if all had been encoded at once.
 
 import pytest
 
-from ringstar import LongContext, UserError
+from ringstar import UserError
 from ringstar.config import StarConfig
 from tests.support.chat import chat_folder
 from tests.support.models import DYNAMIC, expected, over_bound, random_ids, tiny_folder
+from tests.support.runtime import simulated
 
 QUESTION, NEW = random_ids(9, seed=4), 16
 PARTS = (30, 1, 47, 5)
 
 
 def runtime(folder, world=3, layout="zigzag", **options):
-    return LongContext.from_pretrained(
-        folder,
-        transport="threads",
-        world_size=world,
-        layout=layout,
-        threads_per_rank=1,
-        **options,
-    )
+    return simulated(folder, world, layout=layout, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss", "smollm3"])

@@ -27,8 +27,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import ringstar
-import ringstar.engine
-from ringstar import LongContext, ShardedPast, UserError
+from ringstar import CacheConfig, LongContext, ShardedPast, UserError
 from ringstar.config import RingConfig, StarConfig
 from seqpar import token_count
 from seqpar.process import ProcessWorld
@@ -323,18 +322,20 @@ def test_prompts_read_in_chunks_by_generate_itself_are_refused_but_ours_are_not(
         model.generate(prompt(40), max_new_tokens=2, prefill_chunk_size=8, **GREEDY)
 
 
-def test_long_answers_of_layers_with_windows_stay_small(attached, monkeypatch):
+def test_long_answers_of_layers_with_windows_stay_small(attached):
     """mixtral: both layers see 21 tokens."""
     folder, new = tiny_folder("mixtral"), 400
     want = plain(folder, tuple(random_ids(30)), max_new_tokens=new)
-    monkeypatch.setattr(ringstar.engine, "_share", lambda tokens, world: 8)  # the room ahead
-    model = attached(folder, 2)
+    model = attached(folder, 2, cache=CacheConfig(page_tokens=4))
+    for engine in model.ringstar._engines.values():
+        engine._answer_tokens, engine._room = 16, 8  # the room ahead
     made = model.generate(prompt(30), max_new_tokens=new, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(made.sequences, want)
     for (shard,) in made.past_key_values.shards.values():
         kept = shard.cache.of(21)
         assert kept.tokens <= 11 + 9
-        assert shard.cache.allocated_nbytes <= (11 + 18) * 2 * 2 * 2 * 16 * 4
+        assert shard.cache.allocated_nbytes <= (11 + 9 + 2 * 4) * 2 * 2 * 2 * 16 * 4
+        assert shard.cache.pool.allocated_nbytes <= 2 * (11 + 9 + 2 * 4) * 2 * 2 * 2 * 16 * 4
 
 
 # --- what scripts do with it

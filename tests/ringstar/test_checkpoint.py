@@ -15,6 +15,7 @@ from ringstar.config import RingConfig, StarConfig
 from seqpar.process import ProcessWorld
 from tests.support.models import DYNAMIC, LONGROPE, expected, over_bound, random_ids, tiny_folder
 from tests.support.ranks import in_processes
+from tests.support.runtime import simulated
 
 TOKENS, QUESTION, NEW = 130, random_ids(9, seed=4), 8
 IDS = random_ids(TOKENS)
@@ -23,14 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def runtime(folder, world=3, layout="zigzag", **options):
     options.setdefault("chunk_tokens", 7)
-    return LongContext.from_pretrained(
-        folder,
-        transport="threads",
-        world_size=world,
-        layout=layout,
-        threads_per_rank=1,
-        **options,
-    )
+    return simulated(folder, world, layout=layout, **options)
 
 
 def check(folder, ring, document):

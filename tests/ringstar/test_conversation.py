@@ -5,19 +5,18 @@ Questions that follow one another: each answer is one device's for the whole tex
 
 import pytest
 
-from ringstar import LongContext, UserError
+from ringstar import UserError
 from ringstar.config import StarConfig
 from tests.support.chat import chat_folder
 from tests.support.models import expected, over_bound, random_ids, tiny_folder
+from tests.support.runtime import simulated
 
 DOCUMENT, NEW = random_ids(90), 8
 TURNS = [random_ids(tokens, seed=tokens) for tokens in (7, 1, 30)]
 
 
 def runtime(folder, world=3, **options):
-    return LongContext.from_pretrained(
-        folder, transport="threads", world_size=world, threads_per_rank=1, **options
-    )
+    return simulated(folder, world, **options)
 
 
 def check(folder, before, question, answer):

@@ -11,7 +11,8 @@ import pytest
 
 import ringstar.passes
 from ringattn import Costs, RingStrategy
-from ringstar import LongContext, UserError
+from ringstar import UserError
+from ringstar.models.geometry import OneToken
 from ringstar.models.rotary import Rotary
 from seqpar import Span, positions
 from tests.support.models import (
@@ -23,6 +24,7 @@ from tests.support.models import (
     random_ids,
     tiny_folder,
 )
+from tests.support.runtime import simulated
 
 GREEDY, CHUNK = 32, 11
 # documents and questions: within a window of 21, across it, across chunks of 11 a rank
@@ -35,14 +37,8 @@ CASES = {name: (name, {}) for name in OTHERS} | {
 
 
 def runtime(folder, world, layout="zigzag", chunk_tokens=CHUNK):
-    return LongContext.from_pretrained(
-        folder,
-        transport="threads",
-        world_size=world,
-        layout=layout,
-        chunk_tokens=chunk_tokens,
-        threads_per_rank=1,
-        allow_beyond_limit=True,
+    return simulated(
+        folder, world, layout=layout, chunk_tokens=chunk_tokens, allow_beyond_limit=True
     )
 
 
@@ -130,10 +126,10 @@ def test_ring_steps_that_no_window_reaches_are_skipped(layout, chunk_tokens):
 
 
 def other_window(by):
-    """Every pass sees a window that is `by` tokens off."""
+    """Every pass sees a window that is `by` tokens off, that which says what is kept too."""
 
     def change(monkeypatch):
-        for kind in (ringstar.passes.ExtendPass, ringstar.passes.ReplicatedPass):
+        for kind in (ringstar.passes.ExtendPass, ringstar.passes.ReplicatedPass, OneToken):
             attend = kind.attend
 
             def wrong(self, *args, attend=attend, window, **rest):

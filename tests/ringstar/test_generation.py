@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from ringstar import LongContext, UserError
+from ringstar import UserError
 from ringstar.answers import TextStream
 from ringstar.config import GenerationConfig
 from ringstar.sampling import Sampler
 from tests.support.models import random_ids, tiny_folder
+from tests.support.runtime import simulated
 
 
 def test_greedy_takes_the_likeliest():
@@ -46,9 +47,7 @@ def test_frequencies_follow_the_temperature():
 
 
 def runtime(world=3):
-    return LongContext.from_pretrained(
-        tiny_folder("llama"), transport="threads", world_size=world, threads_per_rank=1
-    )
+    return simulated(tiny_folder("llama"), world)
 
 
 def test_sampling_does_not_depend_on_the_number_of_ranks():

@@ -19,16 +19,11 @@ from seqpar import TransportError
 from seqpar.process import ProcessWorld
 from tests.support.models import expected, random_ids, tiny_folder
 from tests.support.ranks import in_processes
+from tests.support.runtime import simulated
 
 
 def runtime(world=2, **options):
-    return LongContext.from_pretrained(
-        tiny_folder("llama"),
-        transport="threads",
-        world_size=world,
-        threads_per_rank=1,
-        **options,
-    )
+    return simulated(tiny_folder("llama"), world, **options)
 
 
 def test_a_document_of_another_runtime_is_refused():

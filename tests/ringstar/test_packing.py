@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import ringattn.plan
 import seqpar.packing
 from ringattn import Costs, RingStrategy
-from ringstar import LongContext, UserError
+from ringstar import UserError
 from ringstar.config import EncodeConfig, StarConfig
 from ringstar.strategies import make_strategy
 from seqpar import Layout, Span, ThreadWorld, cut, packed_steps, ring_steps, token_count
@@ -23,6 +23,7 @@ from tests.support.models import (
     random_ids,
     tiny_folder,
 )
+from tests.support.runtime import simulated
 
 LENGTHS = (1, 7, 64, 1000)
 DOCUMENTS = [random_ids(length, seed=3) for length in LENGTHS]
@@ -38,15 +39,8 @@ CASES = {
 
 
 def runtime(folder, world, layout="zigzag", chunk_tokens=8192, **options):
-    return LongContext.from_pretrained(
-        folder,
-        transport="threads",
-        world_size=world,
-        layout=layout,
-        chunk_tokens=chunk_tokens,
-        threads_per_rank=1,
-        allow_beyond_limit=True,
-        **options,
+    return simulated(
+        folder, world, layout=layout, chunk_tokens=chunk_tokens, allow_beyond_limit=True, **options
     )
 
 

@@ -27,11 +27,12 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import ringstar
 import ringstar.models.load
-from ringstar import LongContext, UserError
+from ringstar import UserError
 from ringstar.config import ModelConfig
 from ringstar.models import find_model
-from ringstar.models.quantised import run_once
+from ringstar.models.geometry import run_once
 from tests.support.models import random_ids, relative_error, tiny_folder
+from tests.support.runtime import simulated
 
 CPU = torch.device("cpu")
 GREEDY, CHUNK, DOCUMENT, QUERY = 32, 11, 101, 7
@@ -74,14 +75,7 @@ def load(folder, dtype=torch.float32, **settings):
 
 
 def runtime(folder, world, **settings):
-    return LongContext.from_pretrained(
-        folder,
-        transport="threads",
-        world_size=world,
-        chunk_tokens=CHUNK,
-        threads_per_rank=1,
-        **settings,
-    )
+    return simulated(folder, world, chunk_tokens=CHUNK, **settings)
 
 
 @functools.cache

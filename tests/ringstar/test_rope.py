@@ -28,6 +28,7 @@ from tests.support.models import (
     relative_error,
     tiny_folder,
 )
+from tests.support.runtime import simulated
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -287,9 +288,7 @@ def test_precision_is_chosen_by_the_longest_text():
 
 
 def runtime(folder, world=2, **options):
-    return LongContext.from_pretrained(
-        folder, transport="threads", world_size=world, threads_per_rank=1, **options
-    )
+    return simulated(folder, world, **options)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

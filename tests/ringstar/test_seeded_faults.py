@@ -23,6 +23,7 @@ from ringstar import LongContext
 from ringstar.config import Config, EncodeConfig, ModelConfig, RingConfig, TransportConfig
 from seqpar import Layout, Run, Tile
 from tests.support.models import expected, random_ids, relative_error, tiny_folder
+from tests.support.runtime import ANEW
 
 BOUND, GREEDY = 1e-5, 8
 
@@ -48,6 +49,7 @@ def outcome(scenario: Scenario) -> tuple[float, bool]:
             strategy=RingConfig(layout=scenario.layout, past_by=scenario.past_by),
             transport=TransportConfig("threads", scenario.world, threads_per_rank=1),
             encode=EncodeConfig(scenario.chunk_tokens),
+            cache=ANEW,
         )
     )
     answer = runtime.ask(runtime.encode(ids), question, max_new_tokens=GREEDY)

@@ -35,6 +35,7 @@ from tests.support.models import (
     tiny_folder,
 )
 from tests.support.ranks import in_processes, in_threads
+from tests.support.runtime import ANEW
 from tests.support.star_oracle import (
     Anchored,
     anchored,
@@ -95,6 +96,7 @@ def runtime(family: str, world: int, chunk_tokens: int = WHOLE) -> LongContext:
         strategy=StarConfig(),
         transport=TransportConfig("threads", world, threads_per_rank=1),
         encode=EncodeConfig(chunk_tokens),
+        cache=ANEW,
     )
     return LongContext.from_config(config)
 
@@ -355,6 +357,7 @@ def answers(transport: Any, folder: str, world: int) -> list[tuple]:
             model=ModelConfig(path=folder),
             strategy=case.config,
             encode=EncodeConfig(case.chunk_tokens),
+            cache=ANEW,
         )
         ours = LongContext.from_config(config, ProcessWorld(transport))
         document = ours.encode(case.ids)

@@ -37,6 +37,7 @@ from tests.support.models import (
     relative_error,
     tiny_folder,
 )
+from tests.support.runtime import ANEW
 from tests.support.star_oracle import (
     Anchored,
     StarAnswer,
@@ -128,6 +129,7 @@ def runtime(name: str, world: int, chunk_tokens: int = WHOLE, **changes: Any) ->
         strategy=StarConfig(),
         transport=TransportConfig("threads", world, threads_per_rank=1),
         encode=EncodeConfig(chunk_tokens),
+        cache=ANEW,
     )
     return LongContext.from_config(config)
 

@@ -23,6 +23,7 @@ from seqpar import Run, Tile, tiles, token_count
 from starattn import Anchor, AnchorKV, Blocks, StarExtension, StarStrategy
 from starattn.plan import Lane, Stretch
 from tests.support.models import random_ids, relative_error, tiny_folder
+from tests.support.runtime import ANEW
 from tests.support.star_oracle import anchored, first_anchor, star
 
 BOUND, GREEDY = 1e-5, 6
@@ -52,6 +53,7 @@ def outcome(scenario: Scenario) -> tuple[float, bool]:
             ),
             transport=TransportConfig("threads", scenario.world, threads_per_rank=1),
             encode=EncodeConfig(scenario.chunk_tokens),
+            cache=ANEW,
         )
     )
     answer = runtime.ask(runtime.encode(ids), question, max_new_tokens=GREEDY)

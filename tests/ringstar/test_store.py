@@ -24,6 +24,7 @@ from ringstar.store import manifest as manifests
 from seqpar.process import ProcessWorld
 from tests.support.models import DYNAMIC, LONGROPE, expected, over_bound, random_ids, tiny_folder
 from tests.support.ranks import in_processes
+from tests.support.runtime import simulated
 
 DOCUMENT, QUESTION, NEW = 101, 9, 16
 ROOT = Path(__file__).parents[2]
@@ -38,14 +39,7 @@ CASES = {
 
 
 def runtime(folder, world=2, layout="zigzag", **options):
-    return LongContext.from_pretrained(
-        folder,
-        transport="threads",
-        world_size=world,
-        layout=layout,
-        threads_per_rank=1,
-        **options,
-    )
+    return simulated(folder, world, layout=layout, **options)
 
 
 def encoded(ring, tokens=DOCUMENT, **options):

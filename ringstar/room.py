@@ -1,0 +1,82 @@
+"""Making room for new KV: what may go, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ringstar.errors import UserError
+from ringstar.metrics import gather_integers
+from ringstar.paging import Needs, PagePool
+from ringstar.shard import TextShard
+from ringstar.stowed import Place
+from seqpar import Transport
+
+
+class Victims:
+    """One rank's shards of the texts that may go, the one to go first in front.
+
+    With a `place` their KV goes there, and can come back; without one it is dropped.  Every rank
+    has the same texts in the same order.
+    """
+
+    def __init__(self, shards: Sequence[TextShard] = (), place: Place | None = None):
+        self._shards, self._place = [shard for shard in shards if shard.is_here], place
+
+    def nbytes(self) -> int:
+        """Bytes of the pages that would be given back, if none of them were shared."""
+        return sum(shard.cache.allocated_nbytes for shard in self._shards)
+
+    def next_goes(self, transport: Transport) -> bool:
+        """Let the next one go, on all ranks; false if there is none.
+
+        Raises RuntimeError if ranks do not have the same texts.
+        """
+        (tokens,) = gather_integers(transport, [self._shards[0].tokens if self._shards else 0])
+        if not all(tokens):
+            return False
+        if len(set(tokens)) > 1:
+            raise RuntimeError("ranks have different documents: each must make the same calls")
+        shard, failed = self._shards.pop(0), 0
+        try:
+            if self._place is None:
+                shard.evict()
+            else:
+                shard.stow(self._place)
+        except OSError as error:
+            failed = error.errno or 1
+        (codes,) = gather_integers(transport, [failed])
+        if any(codes):
+            rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+            why = f"a document cannot be put there on rank {rank}: {os.strerror(code).lower()}"
+            raise UserError("cache.offload_path", str(self._place), why)
+        return True
+
+
+def make_room(transport: Transport, pool: PagePool, needs: Needs, victims: Victims) -> None:
+    """Let texts go until these pages can be had on every rank.
+
+    Raises UserError, on all ranks, if they cannot be had; before any text goes, unless it shared
+    so many pages that its going freed too few.
+    """
+    if pool.limit is None:
+        return
+    hopeless = max(0, pool.missing(needs) - victims.nbytes() - pool.free_nbytes)
+    _refuse_if(transport, pool, hopeless)
+    while True:
+        (missing,) = gather_integers(transport, [pool.missing(needs)])
+        if not any(missing):
+            return
+        if not victims.next_goes(transport):
+            _refuse_if(transport, pool, missing[transport.rank])
+
+
+def _refuse_if(transport: Transport, pool: PagePool, missing: int) -> None:
+    everyone, limits = gather_integers(transport, [missing, pool.limit or 0])
+    if any(everyone):
+        rank = max(range(len(everyone)), key=lambda rank: everyone[rank])
+        why = (
+            f"{everyone[rank]:,} bytes too few on rank {rank} for the KV that is needed; shorter"
+            " documents, more ranks, cache.dtype=int8, cache.offload=disk or more memory would do"
+        )
+        raise UserError("cache.max_bytes", f"{limits[rank]:,}", why)

@@ -1,0 +1,48 @@
+"""A safetensors file, without a second copy of what goes into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# safetensors' names
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write them one by one, wherever they are; the file's size in bytes and its SHA-256.
+
+    Raises OSError.
+    """
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        offsets = [at, at := at + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:  # over what a stopped run may have left
+        for piece in (len(text).to_bytes(8, "little"), text):
+            digest.update(piece)
+            file.write(piece)
+        for tensor in tensors.values():
+            content = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data
+            digest.update(content)
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell(), digest.hexdigest()
