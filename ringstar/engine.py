@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localflash import Backend
 from ringstar.config import GenerationConfig
 from ringstar.models import BoundModel, PositionEmbeddings
 from ringstar.passes import ExtendPass, ReplicatedPart, ReplicatedPass, turn_runs
@@ -46,7 +47,7 @@ class RankEngine:
         self,
         model: BoundModel,
         transport: Transport,
-        kernel: str,
+        kernel: str | Backend,
         answer_tokens: int,
         *,
         unified_max: bool = False,

@@ -50,6 +50,7 @@ from ringstar.store import (
     write_shards,
 )
 from ringstar.strategies import check_document, describe, make_strategy
+from ringstar.trace import Trace, engine_parts
 from seqpar import Transport
 
 log = logging.getLogger("ringstar")
@@ -113,18 +114,24 @@ class LongContext:
                 f"rope.scaling={kind} by {factor:g} changes the model: it no longer computes what"
                 f" its config says, and takes up to {files.max_positions:,} positions"
             )
+        self._trace = Trace(config.profile, ranks) if config.profile.path is not None else None
+        if self._trace is not None:
+            self.ranks = ranks = self._trace.ranks
         for transport in ranks.transports:
             transport.publish("load")
         model = files.load(config.model, dtype, first.device, precision)
+        if self._trace is not None:
+            self._trace.hook(model)
         self._engines = {
             transport.rank: RankEngine(
-                model,
+                traced,
                 transport,
-                self.kernel,
+                kernel,
                 config.encode.answer_tokens,
                 unified_max=config.kernel.unified_max,
             )
             for transport in ranks.transports
+            for traced, kernel in [engine_parts(model, transport, choice.backend)]
         }
 
     @classmethod
@@ -243,6 +250,7 @@ class LongContext:
             report = _on_rank_0(transport, on_progress)
             made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
             shards, cost = self._engines[transport.rank].encode(ids, made, report, lengths or ())
+            transport.publish("metrics")
             took_s = slowest(transport, cost.seconds)
             metrics = [
                 gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent) for shard in shards
@@ -292,6 +300,7 @@ class LongContext:
             self._engines[transport.rank].extend([shard], [ids], made, report)
             shard.keep()
             sent = transport.counters.bytes_sent - sent
+            transport.publish("metrics")
             took_s = slowest(transport, time.perf_counter() - started)
             return gather_metrics(transport, shard.cache.nbytes, sent), took_s
 
@@ -360,6 +369,7 @@ class LongContext:
             new = [*before[read:], *ids]
             with closing(self._engines[transport.rank].generate(shard, new, chosen)) as steps:
                 made = collect(steps, chosen, ends, tokenizer, shown)
+                transport.publish("metrics")
                 sent = transport.counters.bytes_sent
                 metrics = gather_metrics(transport, shard.cache.nbytes, sent)
             shard.leave(top)
@@ -575,9 +585,32 @@ class LongContext:
             )
 
     def close(self) -> None:
-        """Leave the group of ranks; the last call."""
-        for transport in self.ranks.transports:
-            transport.close()
+        """Leave the group of ranks; the last call.  Writes the trace, if there is one.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            if self._trace is not None:
+                self._finish_trace(self._trace)
+        finally:
+            for transport in self.ranks.transports:
+                transport.close()
+
+    def _finish_trace(self, trace: Trace) -> None:
+        written = trace.finish(
+            {
+                "strategy": self.config.strategy.name,
+                "transport": self.transport,
+                "world_size": self.world_size,
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "kernel": self.kernel,
+            }
+        )
+        if written is not None:
+            for line in written.lines:
+                log.info(line)
 
     def _say(self, *lines: str) -> None:
         if self.rank == 0:
