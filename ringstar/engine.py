@@ -69,6 +69,7 @@ class RankEngine:
         `lengths` count the positions of each whole text, where that is longer than its document.
         """
         started, sent = time.perf_counter(), self._transport.counters.bytes_sent
+        self._transport.publish("encode")
         self._transport.check_agreement("document", list(map(list, documents)), list(lengths))
         world = self._transport.world_size
         shards = [TextShard(world, length) for length in lengths or [0] * len(documents)]

@@ -15,6 +15,7 @@ import torch
 from seqpar import Transport
 
 _ROUNDS = 8
+_STAMPS_OF_AN_ANCHOR = 1024
 
 
 class Clock(Protocol):
@@ -50,29 +51,46 @@ class HostClock:
 class CudaClock:
     """Stamps are events of the device's current stream: a kernel returns before it has run.
 
-    Names become NVTX ranges, which Nsight shows.
+    Names become NVTX ranges, which Nsight shows.  Elapsed times come as float32 milliseconds,
+    too coarse over minutes: so they are counted from the last of many anchors, and these from
+    each other, in the order of the stream.
     """
 
     def __init__(self, device: torch.device):
         torch.cuda.synchronize(device)
-        self._first = self.stamp()
-        self._first.synchronize()
-        self._first_at = time.perf_counter_ns()
+        first = _event()
+        first.synchronize()
+        self._anchors, self._anchors_at, self._taken = [first], [time.perf_counter_ns()], 0
 
-    def stamp(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def stamp(self) -> tuple[int, torch.cuda.Event]:
+        event = _event()
+        self._taken += 1
+        if self._taken % _STAMPS_OF_AN_ANCHOR == 0:
+            self._anchors.append(event)
+        return len(self._anchors) - 1, event
 
-    def nanoseconds(self, stamp: torch.cuda.Event) -> int:
-        stamp.synchronize()
-        return self._first_at + round(self._first.elapsed_time(stamp) * 1e6)
+    def nanoseconds(self, stamp: tuple[int, torch.cuda.Event]) -> int:
+        number, event = stamp
+        for known in range(len(self._anchors_at), number + 1):
+            self._anchors_at.append(self._after(known - 1, self._anchors[known]))
+        return self._after(number, event)
+
+    def _after(self, anchor: int, event: torch.cuda.Event) -> int:
+        event.synchronize()
+        milliseconds = self._anchors[anchor].elapsed_time(event)
+        return self._anchors_at[anchor] + round(milliseconds * 1e6)
 
     def enter(self, name: str) -> None:
         torch.cuda.nvtx.range_push(name)
 
     def leave(self) -> None:
         torch.cuda.nvtx.range_pop()
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -28,10 +28,11 @@ class TracedModel(BoundModel):
         *,
         logits: Sequence[int],
     ) -> Tensor:
-        began = self.recorder.begin("forward")
+        name = f"forward of {len(ids_T)}"
+        began = self.recorder.begin(name)
         traced = TracedContext(context, self.recorder)
         made = super().forward(ids_T, positions_T, traced, logits=logits)
-        self.recorder.end("forward", "forward", began, {"tokens": len(ids_T)})
+        self.recorder.end("forward", name, began, {"tokens": len(ids_T)})
         return made
 
 

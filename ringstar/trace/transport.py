@@ -30,7 +30,9 @@ class TracedTransport(Transport):
         if not received and not _nbytes(send):
             return self.inner.shift(send, into, distance)  # nothing travels
         about = {"to": to, "from": source, "received": received}
-        return self._recorded("shift", about, lambda: self.inner.shift(send, into, distance))
+        return self._recorded(
+            f"shift to {to}", about, lambda: self.inner.shift(send, into, distance)
+        )
 
     def all_gather(self, tensor: Tensor, into: Tensor) -> Handle:
         about = {"with": "all", "received": _nbytes([into]) - _nbytes([tensor])}

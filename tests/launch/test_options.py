@@ -49,6 +49,8 @@ OPTIONS = [
     "model.path",
     "output.first_logits",
     "output.path",
+    "profile.max_events",
+    "profile.path",
     "question",
     "question_path",
     "rope.factor",
@@ -139,6 +141,7 @@ TEXT_KEYS = [
     "model.cache_dir",
     "output.path",
     "output.first_logits",
+    "profile.path",
     "generation.stop",
 ]
 
