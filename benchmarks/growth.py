@@ -10,28 +10,54 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.growth_plan import BLOCK, DIM, HEADS, INTERMEDIATE, KV_HEADS, LAYERS, Job, planned
-from benchmarks.model import PRELOAD, rank_runtime
+from benchmarks.growth_plan import (
+    BLOCK,
+    COSTS,
+    DIM,
+    HEADS,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    Job,
+    attention_tiles,
+    buffer_bytes,
+    planned,
+)
+from benchmarks.model import PRELOAD
+from localflash import attend, empty_partial
 from ringattn import ring_attention
 from ringstar import LongContext
-from ringstar.config import RingConfig, StarConfig
-from seqpar import Layout, Transport, token_count
+from ringstar.config import Config, ModelConfig, RingConfig, StarConfig
+from seqpar import Layout, Tile, Transport, token_count
+from seqpar.process import ProcessWorld
 from seqpar.spawn import run_processes
 from starattn import make_blocks, star_attention
 from tests.support.memory import LiveBytes
 
-WARM_UPS, REPEATS = 1, 5
+WARM_UPS, REPEATS = 1, 3
 VOCAB = 97
+# short, so that no share is shorter: the feed-forward then never is the peak
+FF_SLICE_TOKENS = 512
 # of every sweep: ranks while the length grows, tokens of a rank while the ranks grow
 WORLD, SHARE = 4, {"attention": 4096, "model": 2048}
-LENGTHS = {"attention": (4096, 8192, 16384, 32768), "model": (2048, 4096, 8192, 16384)}
+LENGTHS = {"attention": (4096, 8192, 16384, 32768), "model": (4096, 8192, 16384, 32768)}
 WORLDS = (1, 2, 4, 8)
+
+_WHAT = (
+    f"encodes, float32, gloo ranks of one thread; {HEADS} query and {KV_HEADS} KV heads of {DIM}; the"
+    f" model has {LAYERS} layers, {HEADS * DIM} wide, feed-forward {INTERMEDIATE} in slices of"
+    f" {FF_SLICE_TOKENS} tokens; star's blocks and anchors are {BLOCK} tokens; by length on {WORLD}"
+    f" ranks, by ranks with {SHARE['attention']} (model: {SHARE['model']}) tokens each; medians of"
+    f" {REPEATS} after {WARM_UPS} warm-up"
+)
 
 Sweeps = dict[str, list[Job]]
 
@@ -41,9 +67,9 @@ def sweeps() -> Sweeps:
     found: Sweeps = {}
     for work, lengths in LENGTHS.items():
         for strategy in ("ring", "star"):
-            kind: Any = (work, strategy)
-            found[f"length, {work}, {strategy}"] = [Job(*kind, n, WORLD) for n in lengths]
-            found[f"ranks, {work}, {strategy}"] = [Job(*kind, SHARE[work] * w, w) for w in WORLDS]
+            job: Any = partial(Job, work, strategy)
+            found[f"length, {work}, {strategy}"] = [job(n, WORLD) for n in lengths]
+            found[f"ranks, {work}, {strategy}"] = [job(SHARE[work] * w, w) for w in WORLDS]
     return found
 
 
@@ -55,11 +81,7 @@ def run() -> dict[str, Any]:
         save_model(folder)
         found = measure(jobs, folder)
     return {
-        "what": f"encodes, float32, gloo ranks of one thread; {HEADS} query and {KV_HEADS} KV heads"
-        f" of {DIM}; the model has {LAYERS} layers, {HEADS * DIM} wide, feed-forward {INTERMEDIATE};"
-        f" star's blocks and anchors are {BLOCK} tokens; by length on {WORLD} ranks, by ranks with"
-        f" {SHARE['attention']} (model: {SHARE['model']}) tokens each; medians of {REPEATS} after"
-        f" {WARM_UPS} warm-up",
+        "what": _WHAT,
         "sweeps": {name: [found[job] for job in line] for name, line in chosen.items()},
     }
 
@@ -79,6 +101,7 @@ def _together(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The ranks' CPU time together in each repeat, and the most bytes of any rank."""
     cpu = [sum(times) for times in zip(*(rank["cpu_s"] for rank in ranks), strict=True)]
     plan = planned(job)
+    peaks = [rank["planned_peak_bytes"] for rank in ranks if rank["planned_peak_bytes"]]
     return {
         **asdict(job),
         "cpu_s": statistics.median(cpu),
@@ -87,6 +110,7 @@ def _together(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "sent_bytes": [rank["sent_bytes"] for rank in ranks],
         "kv_bytes": [rank["kv_bytes"] for rank in ranks],
         "planned": asdict(plan),
+        **({"planned_peak_bytes": max(peaks)} if peaks else {}),
     }
 
 
@@ -99,59 +123,94 @@ def measure_rank(transport: Transport, jobs: list[Job], folder: str) -> list[dic
         for work, times in zip(works, cpu, strict=True):
             transport.barrier()
             started = time.process_time()
-            work()
+            work.run()
             if repeat >= WARM_UPS:
                 times.append(time.process_time() - started)
     return [{**seen, "cpu_s": times} for seen, times in zip(found, cpu, strict=True)]
 
 
-def _bytes(transport: Transport, work: Callable[[], int]) -> dict[str, int]:
+@dataclass(frozen=True)
+class RankWork:
+    """What runs a job once on this rank and returns the bytes of KV that it keeps.
+
+    `planned_peak` gives the bytes that should live at once, where that is known.
+    """
+
+    run: Callable[[], int]
+    planned_peak: Callable[[], int] = lambda: 0
+
+
+def _bytes(transport: Transport, work: RankWork) -> dict[str, int]:
     """The most that lives at once, and what is sent and kept, in one run that is not timed."""
     sent = transport.counters.bytes_sent
     with LiveBytes() as memory:
-        kept = work()
+        kept = work.run()
     sent = transport.counters.bytes_sent - sent
-    return {"peak_bytes": memory.peak, "sent_bytes": sent, "kv_bytes": kept}
+    return {
+        "peak_bytes": memory.peak,
+        "sent_bytes": sent,
+        "kv_bytes": kept,
+        "planned_peak_bytes": work.planned_peak(),
+    }
 
 
-def make_work(transport: Transport, job: Job, folder: str) -> Callable[[], int]:
-    """What runs a job once, on this rank; it returns the bytes of KV that it keeps."""
+def make_work(transport: Transport, job: Job, folder: str) -> RankWork:
+    """A job on this rank."""
     if job.work == "model":
-        return _model_work(rank_runtime(transport, folder, "float32"), job)
+        model = ModelConfig(path=folder, dtype="float32", ff_slice_tokens=FF_SLICE_TOKENS)
+        runtime = LongContext.from_config(Config(model=model), ProcessWorld(transport))
+        return _model_work(runtime, job)
     return _attention_work(transport, job)
 
 
-def _model_work(runtime: LongContext, job: Job) -> Callable[[], int]:
+def _model_work(runtime: LongContext, job: Job) -> RankWork:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB, (job.tokens,), generator=generator).tolist()
     star = StarConfig(block_size=BLOCK, anchor_size=BLOCK)
     strategy = star if job.strategy == "star" else RingConfig()
 
-    def work() -> int:
+    def run() -> int:
         return runtime.encode(ids, strategy=strategy).metrics.kv_bytes[runtime.rank]
 
-    return work
+    return RankWork(run)
 
 
-def _attention_work(transport: Transport, job: Job) -> Callable[[], int]:
-    attend: Any
+def _attention_work(transport: Transport, job: Job) -> RankWork:
+    whole: Any
     if job.strategy == "ring":
         runs = Layout("zigzag", 0, job.tokens, transport.world_size).runs(transport.rank)
-        attend, sizes = ring_attention, {}
+        whole, sizes = ring_attention, {}
     else:
         runs = make_blocks(job.tokens, transport.world_size, BLOCK, BLOCK).owned(transport.rank)
-        attend, sizes = star_attention, {"block_size": BLOCK, "anchor_size": BLOCK}
+        whole, sizes = star_attention, {"block_size": BLOCK, "anchor_size": BLOCK}
     generator = torch.Generator().manual_seed(transport.rank)
     q, k, v = (
         torch.randn(1, token_count(runs), heads, DIM, generator=generator)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
 
-    def work() -> int:
-        attend(q, k, v, transport=transport, length=job.tokens, **sizes)
+    def run() -> int:
+        whole(q, k, v, transport=transport, length=job.tokens, **sizes)
         return k.nbytes + v.nbytes
 
-    return work
+    return RankWork(run, lambda: _planned_peak(job, transport.rank, q))
+
+
+def _planned_peak(job: Job, rank: int, q: Tensor) -> int:
+    """Transfer buffers, the running result, and what the kernel alone takes for its worst tile."""
+    tiles = attention_tiles(job, rank)
+    workspace = max((_workspace(q, tile) for tile in tiles), default=0)
+    return buffer_bytes(job, rank) + q.shape[1] * COSTS.partial_bytes + workspace
+
+
+def _workspace(q: Tensor, tile: Tile) -> int:
+    """Bytes that one kernel call takes beyond its arguments; which keys they are is all one."""
+    rows, keys = q[:, tile.q], tile.k.stop - tile.k.start
+    k, v = (torch.zeros(1, keys, KV_HEADS, DIM) for _ in range(2))
+    into = empty_partial(rows)
+    with LiveBytes() as memory:
+        attend(rows, k, v, tile.band, into=into)
+    return memory.peak
 
 
 def save_model(folder: str) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ringattn import Costs, RingStrategy
-from seqpar import Span, ThreadWorld, Work, token_count
+from ringattn.strategy import RingExtension
+from seqpar import Span, ThreadWorld, Tile, Work, token_count
 from starattn import StarStrategy
+from starattn.strategy import StarExtension
 
 HEADS, KV_HEADS, DIM, ITEM_BYTES = 4, 2, 64, 4
 # of the model; the hidden size is HEADS · DIM
@@ -34,9 +36,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """Floating point operations of all ranks; bytes of each rank, in rank order."""
+    """Floating point operations of all ranks; computed tokens, and bytes, of each rank."""
 
     flops: int
+    tokens: list[int]
     sent: list[int]
     kv: list[int]
 
@@ -47,6 +50,7 @@ def planned(job: Job) -> Planned:
     works = [work for passes in ranks for work, _, _ in passes]
     return Planned(
         job.layers * sum(_flops(work, job.work == "model") for work in works),
+        [sum(work.tokens for work, _, _ in passes) for passes in ranks],
         [job.layers * sum(sent for _, sent, _ in passes) for passes in ranks],
         [job.layers * sum(kept for _, _, kept in passes) * COSTS.kv_bytes for passes in ranks],
     )
@@ -61,16 +65,43 @@ def _flops(work: Work, with_weights: bool) -> int:
 
 def _passes(job: Job, rank: int) -> Iterator[tuple[Work, int, int]]:
     """The work of each forward pass, bytes that it sends for one layer, tokens that it keeps."""
+    for extension in _plan(job, rank):
+        kept = sum(token_count(part.kept) for part in extension.parts)
+        if isinstance(extension, RingExtension):
+            yield extension.work, extension.plan.bytes_sent(COSTS), kept
+            continue
+        # the anchor's KV, one copy for each other rank
+        copies = job.world - 1 if extension.step.shares and rank == 0 else 0
+        yield extension.work, copies * BLOCK * COSTS.kv_bytes, kept
+
+
+def _plan(job: Job, rank: int) -> list[Any]:
+    """A rank's forward passes, as the strategy itself plans them."""
     transport = ThreadWorld(job.world).transports[rank]
     whole = Span(0, job.tokens, ((),) * job.world)
-    settings: dict[str, Any] = {"chunk_tokens": job.tokens}
     if job.strategy == "ring":
-        for ring in RingStrategy(transport, **settings).plan([whole])[1]:
-            kept = sum(token_count(part.kept) for part in ring.parts)
-            yield ring.work, ring.plan.bytes_sent(COSTS), kept
-        return
-    settings |= {"block_size": BLOCK, "anchor_size": BLOCK}
-    for star in StarStrategy(transport, **settings).plan([whole])[1]:
-        # the anchor's KV, one copy for each other rank
-        copies = job.world - 1 if star.step.shares and rank == 0 else 0
-        yield star.work, copies * BLOCK * COSTS.kv_bytes, token_count(star.kept)
+        return list(RingStrategy(transport, chunk_tokens=job.tokens).plan([whole])[1])
+    star = StarStrategy(transport, block_size=BLOCK, anchor_size=BLOCK, chunk_tokens=job.tokens)
+    return star.plan([whole])[1]
+
+
+def attention_tiles(job: Job, rank: int) -> list[Tile]:
+    """The kernel calls of a rank for one layer."""
+    found: list[Tile] = []
+    for extension in _plan(job, rank):
+        if isinstance(extension, StarExtension):
+            step = extension.step
+            found += [*step.new, *step.past, *step.anchor]
+        else:
+            found += [tile for step in extension.plan.new_steps() for tile in step.tiles]
+    return found
+
+
+def buffer_bytes(job: Job, rank: int) -> int:
+    """What transfers take on a rank besides the KV that it owns: a ring's two, star's anchor."""
+    if job.strategy == "star":
+        shares = any(extension.step.shares for extension in _plan(job, rank))
+        return BLOCK * COSTS.kv_bytes if shares else 0
+    (extension,) = _plan(job, rank)
+    (text,) = extension.plan.texts
+    return text.pass_bytes(COSTS) - token_count(text.own) * COSTS.partial_bytes

@@ -44,11 +44,14 @@ def measured(quantity: str, point: Point) -> float:
 
 
 def theory(quantity: str, point: Point) -> float:
-    """The same of the plan: operations stand for CPU time, a rank's KV for its peak."""
+    """The same of the plan: operations stand for CPU time, and a rank's tokens for its peak.
+
+    Of attention alone the peak is known in bytes.
+    """
     plan = point["planned"]
     return {
         "cpu": lambda: plan["flops"],
-        "peak": lambda: max(plan["kv"]),
+        "peak": lambda: point.get("planned_peak_bytes") or max(plan["tokens"]),
         "sent": lambda: max(plan["sent"]),
     }[quantity]()
 

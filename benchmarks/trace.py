@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.measure import over_ranks
@@ -68,11 +69,8 @@ def measured(transport: Transport, folder: str, path: str) -> dict[str, dict[str
     for repeat in range(WARM_UPS + REPEATS):
         for name, runtime in runtimes.items():
             kept = repeat >= WARM_UPS
-            document = timed(f"encode, {name}", lambda r=runtime: r.encode(ids), kept)
-
-            def answer(runtime: LongContext = runtime, document: Any = document) -> None:
-                runtime.ask(document, question, max_new_tokens=NEW_TOKENS)
-
+            document = timed(f"encode, {name}", partial(runtime.encode, ids), kept)
+            answer = partial(runtime.ask, document, question, max_new_tokens=NEW_TOKENS)
             timed(f"answer, {name}", answer, kept)
     trace = runtimes[TRACED]._trace
     assert trace is not None

@@ -95,4 +95,3 @@ def test_bytes_grow_as_planned_within_5_percent():
     for row in fits(committed()):
         if row["quantity"] != "cpu":
             assert row["within"], row
-
