@@ -29,6 +29,7 @@ from benchmarks.growth_plan import (
     Job,
     attention_tiles,
     buffer_bytes,
+    model_peak,
     planned,
 )
 from benchmarks.model import PRELOAD
@@ -44,16 +45,16 @@ from tests.support.memory import LiveBytes
 
 WARM_UPS, REPEATS = 1, 3
 VOCAB = 97
-# short, so that no share is shorter: the feed-forward then never is the peak
+# shorter than most shares: a longer one would be the peak, until shares are longer still
 FF_SLICE_TOKENS = 512
 # of every sweep: ranks while the length grows, tokens of a rank while the ranks grow
 WORLD, SHARE = 4, {"attention": 4096, "model": 2048}
-LENGTHS = {"attention": (4096, 8192, 16384, 32768), "model": (4096, 8192, 16384, 32768)}
+LENGTHS = {"attention": (8192, 16384, 32768, 49152), "model": (4096, 8192, 16384, 32768)}
 WORLDS = (1, 2, 4, 8)
 
 _WHAT = (
-    f"encodes, float32, gloo ranks of one thread; {HEADS} query and {KV_HEADS} KV heads of {DIM}; the"
-    f" model has {LAYERS} layers, {HEADS * DIM} wide, feed-forward {INTERMEDIATE} in slices of"
+    f"encodes, float32, gloo ranks of one thread; {HEADS} query and {KV_HEADS} KV heads of {DIM};"
+    f" the model has {LAYERS} layers, {HEADS * DIM} wide, feed-forward {INTERMEDIATE} in slices of"
     f" {FF_SLICE_TOKENS} tokens; star's blocks and anchors are {BLOCK} tokens; by length on {WORLD}"
     f" ranks, by ranks with {SHARE['attention']} (model: {SHARE['model']}) tokens each; medians of"
     f" {REPEATS} after {WARM_UPS} warm-up"
@@ -101,7 +102,6 @@ def _together(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The ranks' CPU time together in each repeat, and the most bytes of any rank."""
     cpu = [sum(times) for times in zip(*(rank["cpu_s"] for rank in ranks), strict=True)]
     plan = planned(job)
-    peaks = [rank["planned_peak_bytes"] for rank in ranks if rank["planned_peak_bytes"]]
     return {
         **asdict(job),
         "cpu_s": statistics.median(cpu),
@@ -110,7 +110,7 @@ def _together(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "sent_bytes": [rank["sent_bytes"] for rank in ranks],
         "kv_bytes": [rank["kv_bytes"] for rank in ranks],
         "planned": asdict(plan),
-        **({"planned_peak_bytes": max(peaks)} if peaks else {}),
+        "planned_peak_bytes": max(rank["planned_peak_bytes"] for rank in ranks),
     }
 
 
@@ -133,11 +133,11 @@ def measure_rank(transport: Transport, jobs: list[Job], folder: str) -> list[dic
 class RankWork:
     """What runs a job once on this rank and returns the bytes of KV that it keeps.
 
-    `planned_peak` gives the bytes that should live at once, where that is known.
+    `planned_peak` gives the bytes that should live at once.
     """
 
     run: Callable[[], int]
-    planned_peak: Callable[[], int] = lambda: 0
+    planned_peak: Callable[[], int]
 
 
 def _bytes(transport: Transport, work: RankWork) -> dict[str, int]:
@@ -172,7 +172,13 @@ def _model_work(runtime: LongContext, job: Job) -> RankWork:
     def run() -> int:
         return runtime.encode(ids, strategy=strategy).metrics.kv_bytes[runtime.rank]
 
-    return RankWork(run)
+    def planned_peak() -> int:
+        rank, tokens = runtime.rank, planned(job).tokens[runtime.rank]
+        attention = _planned_peak(job, rank, torch.zeros(1, tokens, HEADS, DIM))
+        room = -(-runtime.config.encode.answer_tokens // job.world)
+        return model_peak(job, rank, room, FF_SLICE_TOKENS, attention)
+
+    return RankWork(run, planned_peak)
 
 
 def _attention_work(transport: Transport, job: Job) -> RankWork:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ringattn import Costs, RingStrategy
 from ringattn.strategy import RingExtension
@@ -22,10 +22,10 @@ COSTS = Costs(HEADS, KV_HEADS, DIM, ITEM_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One encode: attention alone on tensors of one layer, or a whole model of LAYERS."""
+    """One encode by `ring` or `star`: `attention` alone, of one layer, or a `model` of LAYERS."""
 
-    work: Literal["attention", "model"]
-    strategy: Literal["ring", "star"]
+    work: str
+    strategy: str
     tokens: int
     world: int
 
@@ -105,3 +105,21 @@ def buffer_bytes(job: Job, rank: int) -> int:
     (extension,) = _plan(job, rank)
     (text,) = extension.plan.texts
     return text.pass_bytes(COSTS) - token_count(text.own) * COSTS.partial_bytes
+
+
+def model_peak(job: Job, rank: int, room: int, slice_tokens: int, attention: int) -> int:
+    """The most bytes that live at once on a rank, in a layer of the model.
+
+    What stays all the time is KV with `room` for so many tokens more, transfer buffers, cos and
+    sin, ids.  On top of that there are three moments: rotating queries and keys, attention (which
+    takes `attention` bytes by itself), the feed-forward of a second slice.  How many tensors of
+    the hidden size live at each was counted in transformers' llama, and is the same at every
+    length; inverse frequencies and the like, under 1 KB, are left out.
+    """
+    hidden, tokens = HEADS * DIM * ITEM_BYTES, planned(job).tokens[rank]
+    buffers = buffer_bytes(job, rank)
+    stays = (tokens + room) * LAYERS * COSTS.kv_bytes + tokens * (2 * DIM * ITEM_BYTES + 8)
+    rotating = 7 * hidden * tokens
+    attending = attention - buffers + 5 * hidden * tokens
+    feeding = hidden * (3 * tokens + 14 * min(slice_tokens, tokens))
+    return stays + buffers + max(rotating, attending, feeding)

@@ -44,14 +44,11 @@ def measured(quantity: str, point: Point) -> float:
 
 
 def theory(quantity: str, point: Point) -> float:
-    """The same of the plan: operations stand for CPU time, and a rank's tokens for its peak.
-
-    Of attention alone the peak is known in bytes.
-    """
+    """The same of the plan: operations stand for CPU time."""
     plan = point["planned"]
     return {
         "cpu": lambda: plan["flops"],
-        "peak": lambda: point.get("planned_peak_bytes") or max(plan["tokens"]),
+        "peak": lambda: point["planned_peak_bytes"],
         "sent": lambda: max(plan["sent"]),
     }[quantity]()
 
