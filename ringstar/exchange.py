@@ -32,10 +32,8 @@ def bytes_on_rank_0(transport: Transport, mine: bytes) -> list[bytes] | None:
     nothing = own.new_empty(0)
     with transport.uncounted():
         transport.all_gather(size, sizes).wait()
-        send = [nothing] * transport.world_size
-        send[0] = own
+        send = [own if rank == 0 else nothing for rank in range(transport.world_size)]
         into = [own.new_empty(int(size) if first else 0) for size in sizes]
-        if not first:
-            into[transport.rank] = send[transport.rank]
+        into[transport.rank] = send[transport.rank]
         transport.all_to_all(send, into).wait()
     return [part.cpu().numpy().tobytes() for part in into] if first else None

@@ -91,7 +91,23 @@ def test_the_report_and_the_picture_are_those_of_what_was_measured(tmp_path):
     assert report.with_suffix(".png").stat().st_size < 150_000
 
 
-def test_bytes_grow_as_planned_within_5_percent():
+def test_costs_grow_as_planned():
+    """Bytes within 5%, what is sent to the byte; CPU time within 10%."""
     for row in fits(committed()):
-        if row["quantity"] != "cpu":
-            assert row["within"], row
+        assert row["within"], row
+    for points in committed()["sweeps"].values():
+        for point in points:
+            assert abs(point["peak_bytes"] - point["planned_peak_bytes"]) < 1024
+
+
+def test_the_readme_has_the_exponents_of_the_file():
+    text = (RESULTS.parent.parent / "README.md").read_text()
+    section = text.partition("### How cost grows")[2].partition("\n## ")[0]
+    rows = {(row["sweep"], row["quantity"]): row["fitted"] for row in fits(committed())}
+    for quantity in ("cpu", "peak", "sent"):
+        found = [
+            abs(round(rows[f"{grows}, model, {strategy}", quantity], 2))
+            for grows in ("length", "ranks")
+            for strategy in ("ring", "star")
+        ]
+        assert f"| {' | '.join(f'{value:.2f}' for value in found)} |" in section
