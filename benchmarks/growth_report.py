@@ -106,7 +106,8 @@ def table(part: dict[str, Any]) -> str:
         mark = "" if row["within"] else " (!)"
         lines.append(
             f"| {grows} | {work} | {strategy} | {QUANTITIES[row['quantity']]} |"
-            f" **{row['fitted']:.3f}** | {row['theory']:.3f} | {row['difference']:.1%}{mark} |"
+            f" **{shown(row['fitted'], 3)}** | {shown(row['theory'], 3)} |"
+            f" {row['difference']:.1%}{mark} |"
             f" {spread} |"
         )
     exact = "every one" if to_the_byte(part) else "NOT every one"
@@ -121,6 +122,11 @@ def table(part: dict[str, Any]) -> str:
                 f" {values[1]:,} | {values[2]:,} | {point['planned']['flops'] / 1e9:.1f} |"
             )
     return "\n".join([*lines, ""])
+
+
+def shown(value: float, digits: int) -> str:
+    """A number for people, who do not write −0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def draw(part: dict[str, Any], target: Path) -> None:
@@ -143,7 +149,7 @@ def draw(part: dict[str, Any], target: Path) -> None:
             axes.minorticks_off()
             axes.legend(fontsize=7)
     figure.suptitle("Cost of an encode: marks are measured, lines are the plan's", fontsize=11)
-    figure.savefig(target, dpi=90, facecolor="white")
+    figure.savefig(target, dpi=80, facecolor="white")
 
 
 def _ticks(lines: dict[str, list[Point]]) -> tuple[list[int], list[str]]:
@@ -160,7 +166,7 @@ def _panel(axes: Any, quantity: str, lines: dict[str, list[Point]]) -> None:
         grows, scale = grown(name, kept), _scale(quantity, kept)
         found, planned = ([value(quantity, p) for p in kept] for value in (measured, theory))
         slope = exponent(grows, found)
-        label = f"{strategy}, {work}: {slope:.2f}"
+        label = f"{strategy}, {work}: {shown(slope or 0.0, 2)}"
         axes.plot(grows, [scale * value for value in planned], "-", color=COLOURS[strategy], lw=1)
         axes.plot(grows, found, MARKERS[work], color=COLOURS[strategy], label=label, mfc="white")
 
