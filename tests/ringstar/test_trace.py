@@ -198,6 +198,9 @@ def test_a_clock_that_drifts_is_put_right_in_between():
     assert times == sorted(times)
 
 
+STEP_NS = 1_000_123
+
+
 class FakeEvent:
     """A stand-in for a CUDA event: a time, and elapsed times as CUDA has them, in float32."""
 
@@ -207,7 +210,7 @@ class FakeEvent:
         assert enable_timing
 
     def record(self):
-        FakeEvent.now += 1_000_000  # a ms
+        FakeEvent.now += STEP_NS
         self.at = FakeEvent.now
 
     def synchronize(self):
@@ -234,8 +237,8 @@ def test_cuda_stamps_stay_exact_over_hours(fake_cuda):
     times = [clock.nanoseconds(stamp) for stamp in stamps]
     assert times == sorted(times)
     steps = [b - a for a, b in pairwise(times)]
-    assert max(abs(step - 1_000_000) for step in steps) < 1000
-    assert abs(times[-1] - times[0] - 19_999_000_000) < 100_000
+    assert max(abs(step - STEP_NS) for step in steps) < 1000
+    assert abs(times[-1] - times[0] - 19_999 * STEP_NS) < 100_000
 
 
 def test_a_run_timed_by_cuda_events_is_well_formed(fake_cuda, monkeypatch, tmp_path):
@@ -284,6 +287,15 @@ def test_transfers_that_overlap_have_tracks_of_their_own():
     trace = json.loads(trace_file([rank], {}))
     check_format(trace)
     assert [e["tid"] - TRANSFERS for e in trace["traceEvents"] if e["ph"] == "X"] == [0, 0, 1]
+
+
+def test_of_spans_that_begin_together_the_outer_one_comes_first():
+    rank = record_of(
+        ("kernel", "k", "", 5, 7), ("attention", "a", "", 5, 8), ("layer", "l", "", 5, 9)
+    )
+    trace = json.loads(trace_file([rank], {}))
+    check_format(trace)
+    assert [e["name"] for e in trace["traceEvents"] if e["ph"] == "X"] == ["l", "a", "k"]
 
 
 def test_the_check_of_the_format_sees_what_is_wrong():
