@@ -1,10 +1,10 @@
 """CPU benchmarks, as ratios in one run.
 
-    python -m benchmarks.run [attention] [encode] [decode] [star] [documents]
+    python -m benchmarks.run [attention] [encode] [decode] [star] [documents] [trace] [growth]
 
 Prints a table and writes `benchmarks/results/DATE-cpu.json` and `.md`, with the names behind
-`cpu` if some are given.  Takes about 25 minutes on two cores for all.  Leave the machine alone
-meanwhile.
+`cpu` if some are given; growth has a picture too.  Takes about 35 minutes on two cores for all.
+Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention, documents, model, star
+from benchmarks import attention, documents, growth, growth_report, model, star, trace
 from benchmarks.measure import circumstances
 from ringstar.config import ModelConfig
 from ringstar.models import find_model, quiet_transformers
@@ -33,6 +33,8 @@ def main(names: list[str]) -> None:
         "encode": lambda: model.encode(folder, "float32", TOKENS, (2, 4)),
         "star": lambda: star.run(folder),
         "documents": lambda: documents.run(folder),
+        "trace": lambda: trace.run(folder),
+        "growth": growth.run,
     }
     command = " ".join(["python", "-m", "benchmarks.run", *names])
     results: dict[str, Any] = {"circumstances": circumstances(command)}
@@ -43,6 +45,8 @@ def main(names: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(document(results))
+    if "growth" in results:
+        growth_report.draw(results["growth"], path.with_suffix(".png"))
     print(f"written: {path}.json and .md")
 
 
@@ -60,6 +64,9 @@ def document(results: dict[str, Any]) -> str:
 def table(parts: dict[str, Any]) -> str:
     lines = []
     for name, part in parts.items():
+        if name == "growth":
+            lines.append(growth_report.table(part))
+            continue
         lines += [f"## {name}: {part['what']}", "", "| | CPU s | wall s |", "|---|---|---|"]
         for row, value in part.items():
             if isinstance(value, dict):

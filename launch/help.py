@@ -59,6 +59,8 @@ _MEANING = {
     "questions.path": 'JSONL, {"question": "..."} on each line; unset: they are typed',
     "output.path": "result JSON; the resolved config is written beside it",
     "output.first_logits": "safetensors: first_token_logits (vocab,) float32",
+    "profile.path": "a folder for a trace of all ranks, for https://ui.perfetto.dev",
+    "profile.max_events": "spans of each rank that the trace keeps; of more it has totals",
     "launch.nproc": "start this many ranks on this machine",
     "launch.traceback": "show where a fault happened",
     "experiment": "a preset of several options",

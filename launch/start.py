@@ -13,6 +13,7 @@ from launch.ranks import join_launcher, start_ranks
 from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.ranks import check_gpus, check_strategy, under_torchrun
+from ringstar.trace import check_profile
 
 C = TypeVar("C", bound=Config)
 
@@ -53,6 +54,7 @@ class RankCommand(Generic[C]):
 
 def check_launch(config: Config) -> None:
     """What can be refused before any rank is started."""
+    check_profile(config.profile)
     nproc, transport = config.launch.nproc, config.transport
     if nproc is None:
         return

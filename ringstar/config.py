@@ -240,6 +240,15 @@ class OutputConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """`path`: a folder for a trace of all ranks; None: nothing is recorded."""
+
+    path: str | None = None
+    # spans of each rank that are kept whole; of more there are totals
+    max_events: int = 100_000
+
+
+@dataclass
 class LaunchConfig:
     """`nproc` ranks on this machine; `report` is set by the launcher for its ranks."""
 
@@ -262,6 +271,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     question: str | None = None
     question_path: str | None = None
@@ -377,6 +387,7 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield _count("encode.chunk_tokens", config.encode.chunk_tokens)
     yield _count("encode.answer_tokens", config.encode.answer_tokens)
     yield from _cache_rules(config.cache)
+    yield _count("profile.max_events", config.profile.max_events)
     yield _count("launch.nproc", config.launch.nproc)
     yield from _generation_rules(config.generation)
     if isinstance(config, ComparisonConfig):

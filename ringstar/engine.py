@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localflash import Backend
 from ringstar.config import GenerationConfig
 from ringstar.models import BoundModel, PositionEmbeddings
 from ringstar.paging import Needs, PagePool
@@ -55,7 +56,7 @@ class RankEngine:
         model: BoundModel,
         transport: Transport,
         pool: PagePool,
-        kernel: str,
+        kernel: str | Backend,
         answer_tokens: int,
         *,
         unified_max: bool = False,
@@ -93,6 +94,7 @@ class RankEngine:
         Raises UserError, before anything is computed, if there is no room.
         """
         started, sent = time.perf_counter(), self._transport.counters.bytes_sent
+        self._transport.publish("encode")
         lengths = [shard.length for shard in shards]
         self._transport.check_agreement("document", list(map(list, new)), lengths)
         todo = [number for number, ids in enumerate(new) if ids]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import localflash
-from localflash import KV, Partial, add_sinks
+from localflash import KV, Backend, Partial, add_sinks
 from ringstar.models import PositionEmbeddings
 from ringstar.paging import PageTable, ShardedCache
 from ringstar.strategies import Extension
@@ -33,7 +33,7 @@ class ExtendPass:
     position_embeddings: PositionEmbeddings
     extension: Extension
     caches: Sequence[ShardedCache]
-    kernel: str
+    kernel: str | Backend
     on_layer: Callable[[], None]
 
     def attend(
@@ -121,7 +121,7 @@ class ReplicatedPass:
     position_embeddings: PositionEmbeddings
     parts: Sequence[ReplicatedPart]
     transport: Transport
-    kernel: str
+    kernel: str | Backend
     unified: UnifiedMax | None = None
 
     def attend(
@@ -167,5 +167,5 @@ def _output(whole: Partial, sinks_H: Tensor | None, dtype: torch.dtype) -> Tenso
     return out_BTHD.to(dtype)
 
 
-def _bound(kernel: str, scale: float, softcap: float | None) -> partial:
+def _bound(kernel: str | Backend, scale: float, softcap: float | None) -> partial:
     return partial(localflash.attend, scale=scale, softcap=softcap, backend=kernel)

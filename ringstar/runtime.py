@@ -63,6 +63,7 @@ from ringstar.store import (
     write_shards,
 )
 from ringstar.strategies import check_document, describe, make_strategy
+from ringstar.trace import Trace, engine_parts
 from seqpar import Transport
 
 log = logging.getLogger("ringstar")
@@ -107,20 +108,26 @@ class LongContext:
             )
         self._places = [make_place(config.cache, first.device) for _ in ranks.transports]
         self.shelf = Shelf(keeps=config.cache.reuse)
+        self._trace = Trace(config.profile, ranks) if config.profile.path is not None else None
+        if self._trace is not None:
+            self.ranks = ranks = self._trace.ranks
         for transport in ranks.transports:
             transport.publish("load")
         model = files.load(config.model, dtype, first.device, precision)
         shapes = run_once(model)
+        if self._trace is not None:
+            self._trace.hook(model)
 
         def engine(transport: Transport) -> RankEngine:
             pool, said = make_pool(config.cache, shapes, dtype, transport)
-            if transport is first:
+            if transport.rank == self.rank:
                 self._say(said)
+            traced, kernel = engine_parts(model, transport, choice.backend)
             return RankEngine(
-                model,
+                traced,
                 transport,
                 pool,
-                self.kernel,
+                kernel,
                 config.encode.answer_tokens,
                 unified_max=config.kernel.unified_max,
             )
@@ -273,6 +280,7 @@ class LongContext:
             report = _on_rank_0(transport, on_progress)
             made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
             cost = engine.encode(shards, new, made, report, victims)
+            transport.publish("metrics")
             metrics = [
                 gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent) for shard in shards
             ]
@@ -375,6 +383,7 @@ class LongContext:
             engine.bring_back(shard, victims)
             shard.rewind()
             cost = engine.encode([shard], [ids], made, report, victims)
+            transport.publish("metrics")
             metrics = gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent)
             return metrics, self._slowest_and_worst(transport, cost)
 
@@ -457,6 +466,7 @@ class LongContext:
             new = [*before[read:], *ids]
             with closing(engine.generate(shard, new, chosen, victims)) as steps:
                 made = collect(steps, chosen, ends, tokenizer, shown)
+                transport.publish("metrics")
                 sent = transport.counters.bytes_sent
                 metrics = gather_metrics(transport, shard.cache.nbytes, sent)
             shard.leave(top)
@@ -693,12 +703,35 @@ class LongContext:
             )
 
     def close(self) -> None:
-        """Leave the group of ranks; the last call."""
-        for place in self._places:
-            if place is not None:
-                place.close()
-        for transport in self.ranks.transports:
-            transport.close()
+        """Leave the group of ranks; the last call.  Writes the trace, if there is one.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            if self._trace is not None:
+                self._finish_trace(self._trace)
+        finally:
+            for place in self._places:
+                if place is not None:
+                    place.close()
+            for transport in self.ranks.transports:
+                transport.close()
+
+    def _finish_trace(self, trace: Trace) -> None:
+        written = trace.finish(
+            {
+                "strategy": self.config.strategy.name,
+                "transport": self.transport,
+                "world_size": self.world_size,
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "kernel": self.kernel,
+            }
+        )
+        if written is not None:
+            for line in written.lines:
+                log.info(line)
 
     def _say(self, *lines: str) -> None:
         if self.rank == 0:

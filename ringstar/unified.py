@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import localflash
-from localflash import Band, DenseKV, Partial
+from localflash import Backend, Band, DenseKV, Partial
 from seqpar import Attend
 
 
@@ -22,7 +22,7 @@ class UnifiedMax:
     def __init__(self) -> None:
         self._phi_of_layer: dict[int, Tensor] = {}
 
-    def of(self, layer: int, kernel: str, scale: float, softcap: float | None) -> Attend:
+    def of(self, layer: int, kernel: str | Backend, scale: float, softcap: float | None) -> Attend:
         """`localflash.attend` with the layer's shift, which it brings up to date."""
         attend = partial(localflash.attend_cached, scale=scale, softcap=softcap, backend=kernel)
         return partial(self._attend, layer, attend)

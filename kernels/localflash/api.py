@@ -26,13 +26,14 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     into: Partial | None = None,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> Partial:
     """softmax(q k^T * scale) v over the keys that `band` shows (None: all), and its logsumexp.
 
     q (B, Tq, H, D); k, v (B, Tk, Hkv, D) in q's dtype and on its device; strides are free.
     scale defaults to D**-0.5; softcap c makes a score s into c*tanh(s/c). With `into=(out, lse)`
-    the result is merged into that pair in place, and the pair is returned. backend: see `choose`.
+    the result is merged into that pair in place, and the pair is returned. backend: a name for
+    `choose`, or one that is known to run this.
     ValueError names an argument that does not fit.
     """
     scale = _check(q_BTHD, scale, softcap, into)
@@ -51,7 +52,7 @@ def attend_cached(
     softcap: float | None = None,
     into: Partial | None = None,
     phi: Tensor | None = None,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> Partial:
     """`attend` to the cached tokens of each sequence; token t of a sequence is key index t.
 
@@ -108,7 +109,9 @@ def _by_band(segment: Segment, bands: Bands) -> list[tuple[Segment, Band | None]
     ]
 
 
-def _backend(q_BTHD: Tensor, softcap: float | None, name: str | None) -> Backend:
+def _backend(q_BTHD: Tensor, softcap: float | None, name: str | Backend | None) -> Backend:
+    if isinstance(name, Backend):
+        return name
     device, dtype, dim = q_BTHD.device, q_BTHD.dtype, q_BTHD.shape[3]
     return choose(name, device=device, dtype=dtype, head_dim=dim, softcap=softcap).backend
 

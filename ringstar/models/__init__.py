@@ -1,7 +1,7 @@
 """The only part that knows transformers: loading, refusing, and hooking models from outside."""
 
 import ringstar.models.quiet  # noqa: F401 - before whatever imports transformers
-from ringstar.models.attention import PositionEmbeddings
+from ringstar.models.attention import ForwardContext, PositionEmbeddings
 from ringstar.models.bind import BoundModel
 from ringstar.models.facts import ModelFacts
 from ringstar.models.families import FAMILIES, SUPPORTED, features
@@ -30,6 +30,7 @@ __all__ = [
     "SUPPORTED",
     "TINY",
     "BoundModel",
+    "ForwardContext",
     "LayerShape",
     "ModelFacts",
     "ModelFiles",

@@ -56,6 +56,8 @@ OPTIONS = [
     "model.path",
     "output.first_logits",
     "output.path",
+    "profile.max_events",
+    "profile.path",
     "question",
     "question_path",
     "rope.factor",
@@ -152,6 +154,7 @@ TEXT_KEYS = [
     "model.cache_dir",
     "output.path",
     "output.first_logits",
+    "profile.path",
     "generation.stop",
 ]
 
