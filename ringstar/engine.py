@@ -13,12 +13,15 @@ from ringstar.config import GenerationConfig
 from ringstar.models import BoundModel, PositionEmbeddings
 from ringstar.passes import ExtendPass, ReplicatedPart, ReplicatedPass, turn_runs
 from ringstar.sampling import NO_TOKEN, Sampler
+from ringstar.scores import next_token_scores
 from ringstar.shard import TextShard
 from ringstar.strategies import Extension, Strategy
 from ringstar.unified import UnifiedMax
-from seqpar import Transport, positions, side_by_side, token_count
+from seqpar import Part, Transport, positions, side_by_side, token_count
 
 OnProgress = Callable[[float], None]
+# takes what a pass computed of texts, and its last layer's output (tokens, hidden size)
+OnPass = Callable[[Sequence[Part], Tensor], None]
 DUMMY_ID = 0
 
 
@@ -62,6 +65,7 @@ class RankEngine:
         strategy: Strategy,
         on_progress: OnProgress,
         lengths: Sequence[int] = (),
+        on_pass: OnPass | None = None,
     ) -> tuple[list[TextShard], EncodeCost]:
         """Encode documents of at least one token together; KV stays with the ranks that made it.
 
@@ -71,7 +75,7 @@ class RankEngine:
         self._transport.check_agreement("document", list(map(list, documents)), list(lengths))
         world = self._transport.world_size
         shards = [TextShard(world, length) for length in lengths or [0] * len(documents)]
-        self.extend(shards, documents, strategy, on_progress)
+        self.extend(shards, documents, strategy, on_progress, on_pass=on_pass)
         for shard in shards:
             shard.keep()
         _finish_device_work(self._transport.device)
@@ -85,6 +89,7 @@ class RankEngine:
         strategy: Strategy,
         on_progress: OnProgress,
         length: int = 0,
+        on_pass: OnPass | None = None,
     ) -> None:
         """Encode new tokens of each text, spread over ranks, after what is there.
 
@@ -100,7 +105,9 @@ class RankEngine:
         progress = _Progress(self.model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
-            self._extend(shards, new, extension, progress)
+            hidden_TC = self._extend(shards, new, extension, progress)
+            if on_pass is not None:
+                on_pass(extension.parts, hidden_TC)
         for shard, ids, runs in zip(shards, new, owned, strict=True):
             shard.cache.fit(self._room)
             shard.grow(len(ids), runs)
@@ -126,15 +133,36 @@ class RankEngine:
             if self._transport.phase != "decode":
                 self._transport.publish("decode")
 
-    def score(self, shard: TextShard, query_ids: Sequence[int], last: int) -> Tensor:
+    def logits(self, shard: TextShard, query_ids: Sequence[int], last: int) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
-        self._transport.check_agreement("continuation", list(query_ids), last)
+        self._transport.check_agreement("question", list(query_ids), last)
         self._transport.publish("score")
         shard.rewind()
         try:
             return self.read([shard], [query_ids], last)
         finally:
             shard.rewind()
+
+    def score(
+        self, shard: TextShard, before: Sequence[int], ids: Sequence[int], again: int = 0
+    ) -> Tensor:
+        """How likely `ids` are after what is there and `before`; nothing is left behind.
+
+        `again` of `before` are the last tokens that are there.  (2, len(ids)) as in
+        `next_token_scores`, the same on every rank.
+        """
+        self._transport.check_agreement("continuation", list(before), list(ids), again)
+        self._transport.publish("score")
+        shard.rewind()
+        try:
+            read = [*before, *ids[:-1]]
+            hidden_TC = self._read([shard], [read], len(ids), again=again)
+        finally:
+            shard.rewind()
+        found = next_token_scores(self.model, hidden_TC, self._tensor(ids))
+        if self._transport.world_size > 1:
+            self._transport.broadcast(found, root=0).wait()
+        return found
 
     def read(
         self,
@@ -151,16 +179,33 @@ class RankEngine:
 
         Float32 logits (texts · last, vocab) at the last tokens of each text, in order.
         """
+        return self.model.head(self._read(shards, new, last, length=length, growing=growing))
+
+    def _read(
+        self,
+        shards: Sequence[TextShard],
+        new: Sequence[Sequence[int]],
+        last: int,
+        *,
+        length: int = 0,
+        growing: bool = False,
+        again: int = 0,
+    ) -> Tensor:
+        """What the head takes (texts · last, hidden size).
+
+        The first `again` of `new` are there already: they are read once more, and not kept twice.
+        """
         world, rank = self._transport.world_size, self._transport.rank
         rows = side_by_side([len(ids) for ids in new])
         parts, plans = [], []
         for shard, ids, row in zip(shards, new, rows, strict=True):
-            start, stop = shard.tokens, shard.tokens + len(ids)
-            turns = [turn_runs(start, len(ids), other, world) for other in range(world)]
+            there, kept = shard.tokens, len(ids) - again
+            start, stop = there - again, there + kept
+            turns = [turn_runs(there, kept, other, world) for other in range(world)]
             if growing:
                 shard.cache.make_way(start, token_count(turns[rank]), self._room)
             shard.cache.append(turns[rank])
-            shard.grow(len(ids), turns)
+            shard.grow(kept, turns)
             parts.append(ReplicatedPart(start, row, turns[rank], shard.cache))
             plans.append((self._tensor(range(start, stop)), max(stop, length)))
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
@@ -169,7 +214,7 @@ class RankEngine:
         )
         wanted = [index for row in rows for index in range(row.stop - last, row.stop)]
         token_ids = self._tensor([token for ids in new for token in ids])
-        return self.model.forward(token_ids, positions_T, context, logits=wanted)
+        return self.model.hidden(token_ids, positions_T, context)[wanted]
 
     def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
         """The most tokens of a question and its answer that one rank may have to keep."""
@@ -186,8 +231,11 @@ class RankEngine:
         new: Sequence[Sequence[int]],
         extension: Extension,
         progress: _Progress,
-    ) -> None:
-        """One forward pass; a rank with nothing to compute runs one dummy token."""
+    ) -> Tensor:
+        """One forward pass; a rank with nothing to compute runs one dummy token.
+
+        The last layer's output (tokens, hidden size), the dummy's with it.
+        """
         parts = [(shards[part.text], part) for part in extension.parts]
         for shard, part in parts:
             shard.cache.append(part.kept)
@@ -203,9 +251,10 @@ class RankEngine:
         )
         token_ids = self._tensor(extension.token_ids(new) or [DUMMY_ID])
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
-        self.model.forward(token_ids, positions_T, context, logits=[])
+        hidden_TC = self.model.hidden(token_ids, positions_T, context)
         for shard, part in parts:
             shard.cache.forget(part.encoded)
+        return hidden_TC
 
     def _agree(self, logits_V: Tensor, sampler: Sampler) -> int:
         """Rank 0 chooses and tells the others, so that ranks never differ about an end."""

@@ -185,7 +185,7 @@ def test_kl_is_that_of_the_logits(result, folder):
     answer = result["settings"][0]["answers"][0]
     ids = one.files.query_ids(result["questions"][0]["text"]) + answer["answer_ids"][:-1]
     last = len(answer["answer_ids"])
-    logits = (runtime.score(runtime.encode(text), ids, last) for runtime in (one, two))
+    logits = (runtime.logits(runtime.encode(text), ids, last) for runtime in (one, two))
     p, q = (rows.double().softmax(-1) for rows in logits)
     want = (p * (p.log() - q.log())).sum(-1)
     got = result["settings"][2]["answers"][0]["kl"][:last]
