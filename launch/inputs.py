@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ringstar.config import AskConfig, Config, DocumentConfig, QuestionsConfig
+from ringstar.config import AskConfig, Config, DocumentConfig, QuestionsConfig, ScoreConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
@@ -99,6 +99,8 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
         kept = replace(config, document=document, question_path=question_path)
         if isinstance(kept, AskConfig) and "questions.path" in copies:
             kept = replace(kept, questions=QuestionsConfig(copies["questions.path"]))
+        if isinstance(kept, ScoreConfig) and "score.path" in copies:
+            kept = replace(kept, score=replace(kept.score, path=copies["score.path"]))
         yield kept, copies
 
 
@@ -177,6 +179,8 @@ def _text_paths(config: Config) -> dict[str, str]:
     paths = {"document.path": config.document.path, "question_path": config.question_path}
     if isinstance(config, AskConfig):
         paths["questions.path"] = config.questions.path
+    if isinstance(config, ScoreConfig):
+        paths["score.path"] = config.score.path
     return {key: path for key, path in paths.items() if path is not None}
 
 

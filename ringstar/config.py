@@ -244,6 +244,27 @@ class AskConfig(Config):
 
 
 @dataclass
+class ScoreOptions:
+    """What is scored: continuations of the document, or, with none, the document itself.
+
+    `path`: a JSONL file of continuations; `continuation`: texts.  `pieces` and `picture` are of
+    the curve of perplexity over a document.
+    """
+
+    continuation: list[str] = field(default_factory=list)
+    path: str | None = None
+    pieces: int = 32
+    picture: str | None = None
+
+
+@dataclass
+class ScoreConfig(Config):
+    """Everything that a run of log-probabilities needs."""
+
+    score: ScoreOptions = field(default_factory=ScoreOptions)
+
+
+@dataclass
 class CompareConfig:
     """What exact and star are compared by, beside the answers."""
 
@@ -334,6 +355,8 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield from _generation_rules(config.generation)
     if isinstance(config, ComparisonConfig):
         yield from _compare_rules(config.compare)
+    if isinstance(config, ScoreConfig):
+        yield _count("score.pieces", config.score.pieces)
 
 
 def _rope_rules(rope: RopeConfig) -> Iterator[Rule]:
