@@ -90,6 +90,16 @@ SCORE = Command(
         "output.first_logits": "launch.generate writes those of one question; drop it",
     },
 )
+_BY_TASK = "tasks of lm-eval have their own; drop it"
+HARNESS = Command(
+    "harness",
+    GROUPS,
+    frozenset(),
+    {
+        **dict.fromkeys(("document", "generation", "question", "question_path"), _BY_TASK),
+        "output": "lm-eval writes its results: --output_path",
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,13 @@ def parse_score(arguments: Sequence[str]) -> schema.ScoreConfig:
     """Compose and check the config of `launch.score`; raises UserError."""
     config = _parse(arguments, SCORE)
     assert isinstance(config, schema.ScoreConfig)
+    return config
+
+
+def parse_harness(arguments: Sequence[str]) -> schema.HarnessConfig:
+    """Compose and check the config of `launch.harness`; raises UserError."""
+    config = _parse(arguments, HARNESS)
+    assert isinstance(config, schema.HarnessConfig)
     return config
 
 
@@ -192,6 +209,7 @@ def _register_schemas() -> None:
     store.store(group="schema", name="config", node=schema.Config(strategy=MISSING))
     store.store(group="schema", name="ask", node=schema.AskConfig(strategy=MISSING))
     store.store(group="schema", name="compare", node=schema.ComparisonConfig)
+    store.store(group="schema", name="harness", node=schema.HarnessConfig(strategy=MISSING))
     store.store(group="schema", name="score", node=schema.ScoreConfig(strategy=MISSING))
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)

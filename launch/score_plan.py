@@ -144,6 +144,6 @@ def _check(config: ScoreConfig, files: ModelFiles, plan: Plan) -> None:
         if plan.after:
             check_ids("question", plan.after, files.vocab_size)
         return
-    check_fits(config, files, world, len(plan.document))
     if len(plan.document) < 2:
         raise UserError("document", "1 token", "the first has nothing before it; needed: 2 or more")
+    check_fits(config, files, world, len(plan.document) - 1)  # the last is not read

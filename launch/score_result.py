@@ -38,7 +38,7 @@ def result_of(
 ) -> dict[str, Any]:
     """The result JSON of a document by itself."""
     strategy, tokens = config.strategy, len(plan.document)
-    blocks = blocks_of(strategy, tokens, runtime.world_size)
+    blocks = blocks_of(strategy, tokens - 1, runtime.world_size)  # the last is not read
     return {
         "tokens": tokens,
         "scored_tokens": len(score.ids),

@@ -36,7 +36,7 @@ from ringstar.errors import UserError
 from ringstar.metrics import RankMetrics, gather_metrics, slowest
 from ringstar.models import ModelFacts, ModelFiles, choose_dtype, choose_rope_precision, find_model
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
-from ringstar.scores import Score, SpreadScores, score_of
+from ringstar.scores import Score, ScoredText, SpreadScores, score_of
 from ringstar.shard import TextShard
 from ringstar.store import (
     Manifest,
@@ -241,9 +241,9 @@ class LongContext:
         on_progress: OnProgress | None,
         strategy: StrategyConfig | None,
         lengths: Sequence[int] | None = None,
-        starts: Sequence[int] = (),
+        scored: Sequence[ScoredText] = (),
     ) -> tuple[list[Document], list[Score]]:
-        """Documents, and, if there are `starts`, how likely their tokens from there on were."""
+        """Documents, and the scores of texts of which they are what is read."""
         chosen, files = strategy or self.config.strategy, self.files
         config = replace(self.config, strategy=chosen)
         for document in ids:
@@ -251,19 +251,20 @@ class LongContext:
             self._say(describe(chosen, len(document), self.world_size))
 
         def encode(transport: Transport) -> tuple[Any, list[RankMetrics], float, list[Score]]:
-            transport.check_agreement("strategy", chosen, starts)
+            transport.check_agreement("strategy", chosen)
+            transport.check_agreement("text", [(text.start, text.ids[-1]) for text in scored])
             report = _on_rank_0(transport, on_progress)
             made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
             engine = self._engines[transport.rank]
-            scores = SpreadScores(engine.model, ids, starts) if starts else None
-            on_pass = scores.add if scores else None
+            scores = SpreadScores(engine.model, scored)
+            on_pass = scores.add if scored else None
             shards, cost = engine.encode(ids, made, report, lengths or (), on_pass)
             took_s = slowest(transport, cost.seconds)
             metrics = [
                 gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent) for shard in shards
             ]
             owned = [shard.owned for shard in shards]
-            return shards, metrics, took_s, scores.gathered(transport, owned) if scores else []
+            return shards, metrics, took_s, scores.gathered(transport, owned) if scored else []
 
         by_rank, (metrics, *_), (took_s, *_), (scores, *_) = zip(
             *self.ranks.run(encode), strict=True
@@ -456,14 +457,16 @@ class LongContext:
         Raises:
             UserError: as `encode_batch`, or a text has nothing at its start to be scored.
         """
-        files = self.files
-        ids = [token_ids("text", text, files.plain_ids, files.vocab_size) for text in texts]
-        firsts = [1] * len(ids) if starts is None else list(starts)
-        for tokens, first in zip(map(len, ids), firsts, strict=True):
-            if not 0 < first < tokens:
-                what = f"of {tokens} tokens is scored from the second on, and has none there"
-                raise UserError("text", f"from token {first}", what)
-        return self._encode(ids, on_progress, strategy, starts=firsts)[1] if ids else []
+        to_ids, size = self.files.plain_ids, self.files.vocab_size
+        ids = [token_ids("text", text, to_ids, size) for text in texts]
+        firsts = [1] * len(ids) if starts is None else starts
+        scored = [ScoredText(*pair) for pair in zip(ids, firsts, strict=True)]
+        for text in scored:
+            if not 0 < text.start < len(text.ids):
+                what = f"of {len(text.ids)} tokens is scored from the second on, and has none there"
+                raise UserError("text", f"from token {text.start}", what)
+        read = [text.read for text in scored]
+        return self._encode(read, on_progress, strategy, scored=scored)[1] if ids else []
 
     def logits(self, document: Document, ids: Sequence[int], last: int = 1) -> torch.Tensor:
         """What the model expects after each of the last `last` of `ids`, read after a document.

@@ -78,17 +78,30 @@ def next_token_scores(model: BoundModel, hidden_TC: Tensor, next_ids_T: Tensor) 
     return found
 
 
-class SpreadScores:
-    """Scores of whole texts while they are encoded: each rank's of the tokens that it computes.
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """A text whose tokens from index `start` on are scored, which is 1 or later.
 
-    Of text i those tokens are scored that come at or after position `starts[i]`, from 1 up: the
-    first token of a text has nothing before it.
+    Its first token has nothing before it, and its last is not read.
     """
 
-    def __init__(
-        self, model: BoundModel, texts: Sequence[Sequence[int]], starts: Sequence[int]
-    ) -> None:
-        self._model, self._texts, self._starts = model, texts, starts
+    ids: list[int]
+    start: int
+
+    @property
+    def read(self) -> list[int]:
+        return self.ids[:-1]
+
+    @property
+    def scored(self) -> list[int]:
+        return self.ids[self.start :]
+
+
+class SpreadScores:
+    """Scores of whole texts while they are encoded, each rank's after the tokens it computes."""
+
+    def __init__(self, model: BoundModel, texts: Sequence[ScoredText]):
+        self._model, self._texts = model, texts
         self._rows: list[list[Tensor]] = [[] for _ in texts]
 
     def add(self, parts: Sequence[Part], hidden_TC: Tensor) -> None:
@@ -96,35 +109,33 @@ class SpreadScores:
         stop = 0
         for part in parts:
             stop += token_count(part.positions)
-            own = torch.tensor(positions(part.kept), dtype=torch.int64)
-            before = self._before(part.text, own)
-            rows = (stop - len(own) + before.nonzero().flatten()).to(hidden_TC.device)
-            text = self._texts[part.text]
-            wanted = rows.new_tensor([text[at + 1] for at in own[before].tolist()])
-            found = next_token_scores(self._model, hidden_TC[rows], wanted)
+            text, own_T = self._texts[part.text], _positions(part.kept)
+            before_T = own_T >= text.start - 1
+            rows_T = (stop - len(own_T) + before_T.nonzero().flatten()).to(hidden_TC.device)
+            wanted_T = rows_T.new_tensor([text.ids[at + 1] for at in own_T[before_T].tolist()])
+            found = next_token_scores(self._model, hidden_TC[rows_T], wanted_T)
             self._rows[part.text].append(found)
 
     def gathered(self, transport: Transport, owned: Sequence[Sequence[Runs]]) -> list[Score]:
         """All of every text, on every rank; `owned[i][r]` is what rank r computed of text i."""
-        return [self._whole(transport, text, runs) for text, runs in enumerate(owned)]
+        texts = zip(self._texts, self._rows, owned, strict=True)
+        return [_gathered(transport, text, torch.cat(rows, 1), runs) for text, rows, runs in texts]
 
-    def _whole(self, transport: Transport, number: int, owned: Sequence[Runs]) -> Score:
-        text, start = self._texts[number], self._starts[number]
-        mine = torch.cat(self._rows[number], 1) if self._rows[number] else torch.empty(2, 0)
-        places = [torch.tensor(positions(runs), dtype=torch.int64) for runs in owned]
-        places = [own[self._before(number, own)] + 1 - start for own in places]
-        room = torch.zeros(2, max(map(len, places)), device=transport.device)
-        room[:, : mine.shape[1]] = mine
-        everyone = room.new_empty(transport.world_size, *room.shape)
-        transport.all_gather(room, everyone).wait()
-        whole = torch.empty(2, len(text) - start)
-        for own, theirs in zip(places, everyone.cpu(), strict=True):
-            whole[:, own] = theirs[:, : len(own)]
-        return score_of(text[start:], whole)
 
-    def _before(self, number: int, own_T: Tensor) -> Tensor:
-        """Which of these positions are right before a token that is scored."""
-        return (own_T >= self._starts[number] - 1) & (own_T < len(self._texts[number]) - 1)
+def _gathered(transport: Transport, text: ScoredText, mine: Tensor, owned: Sequence[Runs]) -> Score:
+    places = [own_T[own_T >= 0] for own_T in (_positions(o) + 1 - text.start for o in owned)]
+    room = mine.new_zeros(2, max(map(len, places)))
+    room[:, : mine.shape[1]] = mine
+    everyone = room.new_empty(transport.world_size, *room.shape)
+    transport.all_gather(room, everyone).wait()
+    whole = torch.empty(2, len(text.scored))
+    for own_T, theirs in zip(places, everyone.cpu(), strict=True):
+        whole[:, own_T] = theirs[:, : len(own_T)]
+    return score_of(text.scored, whole)
+
+
+def _positions(runs: Runs) -> Tensor:
+    return torch.tensor(positions(runs), dtype=torch.int64)
 
 
 def score_of(ids: Sequence[int], found: Tensor) -> Score:

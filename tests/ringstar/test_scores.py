@@ -40,7 +40,7 @@ def runtime(folder: str, world: int, layout: str = "zigzag", chunk_tokens: int =
 @torch.inference_mode()
 def wanted(folder: str, ids: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of `ids[start:]` on one device, and which were its first choice."""
-    logits = eager(folder)(torch.tensor([ids])).logits[0, start - 1 : -1].double()
+    logits = eager(folder)(torch.tensor([ids[:-1]])).logits[0, start - 1 :].double()
     target = torch.tensor(ids[start:])
     return logits.log_softmax(-1)[range(len(target)), target], logits.argmax(-1) == target
 
@@ -125,19 +125,19 @@ def _ring_of_two() -> LongContext:
 
 
 @pytest.mark.parametrize("share", ["world", "rank", "none"])
-@pytest.mark.parametrize(("world", "block", "anchor"), [(2, 20, 20), (3, 10, 6), (3, 16, 0)])
+@pytest.mark.parametrize(("world", "block", "anchor"), [(2, 20, 20), (5, 20, 6), (3, 16, 0)])
 def test_star_scores_what_its_blocks_see(world, block, anchor, share):
     """Of each token what the block of the token before it gives it; anchors are not counted."""
     folder, ids = tiny_folder("llama"), random_ids(61)
     config = StarConfig(block_size=block, anchor_size=anchor, share_anchor=share)
     ours = runtime(folder, world, strategy=config, chunk_tokens=7)
     logits_TV = torch.cat(
-        [_own_logits(folder, ids, one) for one in _blocks(ids, block, anchor)]
+        [_own_logits(folder, ids, one) for one in _blocks(ids[:-1], block, anchor)]
     ).double()
-    logprobs = logits_TV[:-1].log_softmax(-1)[range(60), ids[1:]]
+    logprobs = logits_TV.log_softmax(-1)[range(60), ids[1:]]
     score = ours.score_text(ids)
     assert (score.logprobs - logprobs).abs().max() <= BOUND * logprobs.abs().max()
-    assert (score.greedy == (logits_TV[:-1].argmax(-1) == torch.tensor(ids[1:]))).all()
+    assert (score.greedy == (logits_TV.argmax(-1) == torch.tensor(ids[1:]))).all()
     exact, _ = wanted(folder, ids, 1)
     assert (score.logprobs[:block] - exact[:block]).abs().max() < 1e-4
     assert (score.logprobs - exact).abs().max() > 0.1
@@ -235,7 +235,9 @@ def test_what_cannot_be_scored_is_refused():
     ours = runtime(tiny_folder("llama"), 2)
     document, limit = ours.encode([1, 2, 3]), ours.files.max_positions
     assert ours.score(document, []) == [] and ours.score_texts([]) == []
-    assert len(ours.score_text([1] * limit).ids) == limit - 1
+    assert len(ours.score_text([1] * (limit + 1)).ids) == limit  # the last is not read
+    with pytest.raises(UserError, match="the model's limit is"):
+        ours.score_text([1] * (limit + 2))
     with pytest.raises(UserError, match="continuations=ab: needed is a list"):
         ours.score(document, "ab")
     with pytest.raises(UserError, match="continuation: is empty"):
