@@ -142,7 +142,7 @@ def picture(plain: torch.Tensor, found: dict[str, Score]) -> bytes:
     axis.set_ylabel("perplexity, one device = 1")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -120,21 +121,21 @@ def run_rank(theirs: Sequence[str], config: HarnessConfig, phases: Any) -> None:
     runtime = LongContext(config, files, ranks, why)
     chosen = {key: value for key, value in vars(config.harness).items() if value is not None}
     arguments.model = RingstarLM(runtime=runtime, **chosen)
-    if runtime.rank != 0:
-        arguments.output_path = None
-    with _quiet_unless(runtime.rank == 0):
+    with _alone(arguments, speaks=runtime.rank == 0):
         arguments.func(arguments)
     runtime.close()
 
 
 @contextmanager
-def _quiet_unless(shown: bool) -> Iterator[None]:
-    """What lm-eval and its tasks print is the same on every rank: once is enough."""
+def _alone(arguments: Namespace, *, speaks: bool) -> Iterator[None]:
+    """What lm-eval and its tasks print and write is the same on every rank: once is enough."""
     with ExitStack() as stack:
-        if not shown:
+        if not speaks:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
+            if arguments.output_path:  # not left out: some of its arguments ask for one
+                arguments.output_path = stack.enter_context(TemporaryDirectory())
         yield
 
 

@@ -119,10 +119,13 @@ class SpreadScores:
     def gathered(self, transport: Transport, owned: Sequence[Sequence[Runs]]) -> list[Score]:
         """All of every text, on every rank; `owned[i][r]` is what rank r computed of text i."""
         texts = zip(self._texts, self._rows, owned, strict=True)
-        return [_gathered(transport, text, torch.cat(rows, 1), runs) for text, rows, runs in texts]
+        return [_gathered(transport, text, rows, runs) for text, rows, runs in texts]
 
 
-def _gathered(transport: Transport, text: ScoredText, mine: Tensor, owned: Sequence[Runs]) -> Score:
+def _gathered(
+    transport: Transport, text: ScoredText, rows: Sequence[Tensor], owned: Sequence[Runs]
+) -> Score:
+    mine = torch.cat([torch.empty(2, 0, device=transport.device), *rows], 1)  # there may be none
     places = [own_T[own_T >= 0] for own_T in (_positions(o) + 1 - text.start for o in owned)]
     room = mine.new_zeros(2, max(map(len, places)))
     room[:, : mine.shape[1]] = mine
