@@ -35,13 +35,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from launch.compare_measure import Measured, Measurement
-from launch.compare_picture import can_draw, draw
+from launch.compare_picture import draw
 from launch.compare_plan import Plan, make_plan
 from launch.compare_progress import work_bar
 from launch.compare_result import result_of
@@ -50,16 +49,14 @@ from launch.faults import DONE, leave
 from launch.generate import print_piece, show_choices
 from launch.help import help_text
 from launch.options import COMPARE, parse_comparison
-from launch.outputs import check_file, check_writable, config_path, resolved_config, write_file
+from launch.outputs import check_writable, config_path, resolved_config, write_file
+from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
 from launch.start import RankCommand
 from launch.weights import check_weights
 from ringstar.config import ComparisonConfig
-from ringstar.errors import UserError
 from ringstar.models import ModelFiles, find_model, quiet_transformers
 from ringstar.ranks import check_ranks, make_ranks, under_torchrun
 from ringstar.runtime import LongContext, choose_kernel
-
-NO_MATPLOTLIB = "matplotlib is not installed: pip install 'ringstar[plots]'"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,7 +72,7 @@ def check_request(config: ComparisonConfig) -> tuple[ModelFiles, Plan]:
     """All that can be found wrong before ranks start and weights load."""
     quiet_transformers()
     check_writable(config.output)
-    _check_picture(config)
+    check_picture("compare.picture", config.compare.picture, config.output.path)
     files = find_model(config.model, config.rope)
     if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
         choose_kernel(config, files, torch.device("cpu"))
@@ -103,37 +100,11 @@ def run_rank(config: ComparisonConfig, phases: Any) -> None:
     runtime.close()
 
 
-def picture_path(config: ComparisonConfig) -> str | None:
-    """Where the picture goes; None if there is none."""
-    if config.compare.picture is not None:
-        return config.compare.picture
-    if config.output.path is None or not can_draw():
-        return None
-    return str(Path(config.output.path).expanduser().with_suffix(".png"))
-
-
-def _check_picture(config: ComparisonConfig) -> None:
-    path = picture_path(config)
-    if path is None:
-        return
-    if not can_draw():
-        raise UserError("compare.picture", path, NO_MATPLOTLIB)
-    if not path.endswith(".png"):
-        raise UserError("compare.picture", path, "allowed: a name that ends in .png")
-    check_file("compare.picture", path)
-    if config.output.path and _same(path, config.output.path):
-        raise UserError("compare.picture", path, "is output.path too")
-
-
-def _same(a: str, b: str) -> bool:
-    return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
-
-
 def _say_plan(config: ComparisonConfig, plan: Plan) -> None:
     log = logging.getLogger("ringstar")
     for note in plan.notes:
         log.info(note)
-    if config.output.path and picture_path(config) is None:
+    if config.output.path and picture_path(config.compare.picture, config.output.path) is None:
         log.info(f"no picture: {NO_MATPLOTLIB}")
     log.info(f"{plan.encodes} encodes, {len(plan.settings)} settings")
 
@@ -142,7 +113,8 @@ def _write(
     config: ComparisonConfig, runtime: LongContext, plan: Plan, found: Sequence[Measured]
 ) -> None:
     """The result, the resolved config beside it, and the picture."""
-    path, picture = config.output.path, picture_path(config)
+    path = config.output.path
+    picture = picture_path(config.compare.picture, path)
     if path:
         result = result_of(runtime, plan, found)
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"

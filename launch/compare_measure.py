@@ -139,7 +139,7 @@ class Measurement:
 
     def _score(self, document: Document, ids: Sequence[int], last: int) -> Tensor:
         with self._bar.score(len(ids)):
-            return self._runtime.score(document, ids, last)
+            return self._runtime.logits(document, ids, last)
 
 
 def forced(query_ids: Sequence[int], answer: Answer) -> tuple[list[int], int]:

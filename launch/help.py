@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.options import ASK, COMPARE, GENERATE, Command, every_option, group_options
+from launch.options import ASK, COMPARE, GENERATE, SCORE, Command, every_option, group_options
 
 _MEANING = {
     "strategy": "how the document is encoded: ring (exact), star (approximate), dense (one rank)",
@@ -70,6 +70,14 @@ _MEANING = {
     "compare.needles": "facts planted in a copy of the document; unset: 5, if it can be; 0: none",
     "compare.needle_trials": "how often, with other facts; each is an encode more for each setting",
     "compare.picture": "PNG; unset: beside output.path if that is given",
+    "harness.batch_size": "contexts encoded together; unset: as many as fill a pass, at most 64",
+    "harness.query_tokens": "last tokens of a context that see all of it; unset: 1, star 256",
+    "harness.max_length": "positions of context and answer; unset: the model's limit",
+    "harness.seed": "of sampled answers",
+    "score.continuation": "a text that may follow; may be given several times",
+    "score.path": 'JSONL, {"continuation": "..."} on each line',
+    "score.pieces": "of the document, for its curve of perplexity",
+    "score.picture": "PNG of that curve; unset: beside output.path if that is given",
 }
 _MEANING_OF = {
     ASK.root: {
@@ -81,6 +89,12 @@ _MEANING_OF = {
         "question_path": "a text file with one more question",
         "generation.max_new_tokens": "the longest answer, also about a planted fact",
         "output.path": "JSON of everything; the resolved config and the picture go beside it",
+    },
+    SCORE.root: {
+        "question": "what continuations answer; unset: they follow the document",
+        "question_path": "a text file with it",
+        "document.ids_path": 'JSON {"context_ids": [...]}; "query_ids" come before continuations',
+        "output.path": "of continuations JSONL, a line each; of a document JSON, and the curve",
     },
 }
 _INTERNAL = {"launch.report"}

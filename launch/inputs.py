@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ringstar.config import AskConfig, Config, DocumentConfig
+from ringstar.config import AskConfig, Config, DocumentConfig, ScoreConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
@@ -100,6 +100,8 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
         if isinstance(kept, AskConfig) and "questions.path" in copies:
             questions = replace(kept.questions, path=copies["questions.path"])
             kept = replace(kept, questions=questions)
+        if isinstance(kept, ScoreConfig) and "score.path" in copies:
+            kept = replace(kept, score=replace(kept.score, path=copies["score.path"]))
         yield kept, copies
 
 
@@ -178,6 +180,8 @@ def _text_paths(config: Config) -> dict[str, str]:
     paths = {"document.path": config.document.path, "question_path": config.question_path}
     if isinstance(config, AskConfig):
         paths["questions.path"] = config.questions.path
+    if isinstance(config, ScoreConfig):
+        paths["score.path"] = config.score.path
     return {key: path for key, path in paths.items() if path is not None}
 
 

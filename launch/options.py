@@ -27,6 +27,7 @@ GROUPS = ("strategy", "transport", "kernel", "model", "experiment")
 _TEXT_KEYS = {
     *("question", "document.text", "generation.stop", "model.cache_dir", "launch.report"),
     *("compare.star", "compare.picture"),
+    *("score.continuation", "score.picture"),
 }
 _PATH_ENDS = ("_path", ".path", ".first_logits", ".save", ".load")
 
@@ -78,6 +79,28 @@ COMPARE = Command(
         "document.save": "its documents are compared, not kept; drop it",
     },
 )
+_NOT_KEPT = "its document is scored, not kept; launch.ask keeps it"
+SCORE = Command(
+    "score",
+    GROUPS,
+    frozenset({"score.continuation"}),
+    {
+        "document.checkpoint_every": _NOT_KEPT,
+        "document.save": _NOT_KEPT,
+        "generation": "nothing is generated; drop it",
+        "output.first_logits": "launch.generate writes those of one question; drop it",
+    },
+)
+_BY_TASK = "tasks of lm-eval have their own; drop it"
+HARNESS = Command(
+    "harness",
+    GROUPS,
+    frozenset(),
+    {
+        **dict.fromkeys(("document", "generation", "question", "question_path"), _BY_TASK),
+        "output": "lm-eval writes its results: --output_path",
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +132,20 @@ def parse_questions(arguments: Sequence[str]) -> schema.AskConfig:
     """Compose and check the config of `launch.ask`; raises UserError."""
     config = _parse(arguments, ASK)
     assert isinstance(config, schema.AskConfig)
+    return config
+
+
+def parse_score(arguments: Sequence[str]) -> schema.ScoreConfig:
+    """Compose and check the config of `launch.score`; raises UserError."""
+    config = _parse(arguments, SCORE)
+    assert isinstance(config, schema.ScoreConfig)
+    return config
+
+
+def parse_harness(arguments: Sequence[str]) -> schema.HarnessConfig:
+    """Compose and check the config of `launch.harness`; raises UserError."""
+    config = _parse(arguments, HARNESS)
+    assert isinstance(config, schema.HarnessConfig)
     return config
 
 
@@ -173,6 +210,8 @@ def _register_schemas() -> None:
     store.store(group="schema", name="config", node=schema.Config(strategy=MISSING))
     store.store(group="schema", name="ask", node=schema.AskConfig(strategy=MISSING))
     store.store(group="schema", name="compare", node=schema.ComparisonConfig)
+    store.store(group="schema", name="harness", node=schema.HarnessConfig(strategy=MISSING))
+    store.store(group="schema", name="score", node=schema.ScoreConfig(strategy=MISSING))
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)
     store.store(group="schema/strategy", name="star", node=schema.StarConfig)

@@ -6,6 +6,7 @@ from ringstar.config import CacheConfig, Config, GenerationConfig
 from ringstar.errors import UserError
 from ringstar.models import ShardedPast
 from ringstar.runtime import Document, LongContext
+from ringstar.scores import Score
 
 __all__ = [
     "Answer",
@@ -15,6 +16,7 @@ __all__ = [
     "Document",
     "GenerationConfig",
     "LongContext",
+    "Score",
     "ShardedPast",
     "UserError",
     "attach",

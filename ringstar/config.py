@@ -298,6 +298,44 @@ class AskConfig(Config):
 
 
 @dataclass
+class ScoreOptions:
+    """What is scored: continuations of the document, or, with none, the document itself.
+
+    `path`: a JSONL file of continuations; `continuation`: texts.  `pieces` and `picture` are of
+    the curve of perplexity over a document.
+    """
+
+    continuation: list[str] = field(default_factory=list)
+    path: str | None = None
+    pieces: int = 32
+    picture: str | None = None
+
+
+@dataclass
+class ScoreConfig(Config):
+    """Everything that a run of log-probabilities needs."""
+
+    score: ScoreOptions = field(default_factory=ScoreOptions)
+
+
+@dataclass
+class HarnessOptions:
+    """How tasks of `lm-eval` are run; None: as `ringstar.harness.RingstarLM` chooses."""
+
+    batch_size: int | None = None
+    query_tokens: int | None = None
+    max_length: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class HarnessConfig(Config):
+    """Everything about the model in a run of `lm-eval`; the rest are its own arguments."""
+
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
+
+
+@dataclass
 class CompareConfig:
     """What exact and star are compared by, beside the answers."""
 
@@ -392,6 +430,12 @@ def _rules(config: Config) -> Iterator[Rule]:
     yield from _generation_rules(config.generation)
     if isinstance(config, ComparisonConfig):
         yield from _compare_rules(config.compare)
+    if isinstance(config, ScoreConfig):
+        yield _count("score.pieces", config.score.pieces)
+    if isinstance(config, HarnessConfig):
+        yield _count("harness.batch_size", config.harness.batch_size)
+        yield _count("harness.query_tokens", config.harness.query_tokens)
+        yield _count("harness.max_length", config.harness.max_length)
 
 
 def _rope_rules(rope: RopeConfig) -> Iterator[Rule]:

@@ -16,12 +16,15 @@ from ringstar.paging import Needs, PagePool
 from ringstar.passes import ExtendPass, ReplicatedPart, ReplicatedPass, turn_runs
 from ringstar.room import Victims, make_room
 from ringstar.sampling import NO_TOKEN, Sampler
+from ringstar.scores import next_token_scores
 from ringstar.shard import TextShard
 from ringstar.strategies import Extension, Strategy
 from ringstar.unified import UnifiedMax
-from seqpar import Transport, positions, side_by_side
+from seqpar import Part, Transport, positions, side_by_side
 
 OnProgress = Callable[[float], None]
+# takes what a pass computed of texts, and its last layer's output (tokens, hidden size)
+OnPass = Callable[[Sequence[Part], Tensor], None]
 DUMMY_ID = 0
 NOBODY = Victims()
 
@@ -88,6 +91,7 @@ class RankEngine:
         strategy: Strategy,
         on_progress: OnProgress,
         victims: Victims = NOBODY,
+        on_pass: OnPass | None = None,
     ) -> EncodeCost:
         """Encode what documents have that is new, together; KV stays with the ranks that made it.
 
@@ -100,7 +104,7 @@ class RankEngine:
         todo = [number for number, ids in enumerate(new) if ids]
         if todo:
             some, ids = [shards[number] for number in todo], [new[number] for number in todo]
-            self.extend(some, ids, strategy, on_progress, victims=victims)
+            self.extend(some, ids, strategy, on_progress, victims=victims, on_pass=on_pass)
         for shard in shards:
             shard.keep()
         _finish_device_work(self._transport.device)
@@ -116,6 +120,7 @@ class RankEngine:
         on_progress: OnProgress,
         length: int = 0,
         victims: Victims = NOBODY,
+        on_pass: OnPass | None = None,
     ) -> None:
         """Encode new tokens of each text, spread over ranks, after what is there.
 
@@ -128,7 +133,9 @@ class RankEngine:
         progress = _Progress(self.model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")
-            self._extend(shards, new, extension, progress)
+            hidden_TC = self._extend(shards, new, extension, progress)
+            if on_pass is not None:
+                on_pass(extension.parts, hidden_TC)
         for shard, ids, runs in zip(shards, new, owned, strict=True):
             shard.cache.settle(self._room)
             shard.grow(len(ids), runs)
@@ -204,11 +211,11 @@ class RankEngine:
             if self._transport.phase != "decode":
                 self._transport.publish("decode")
 
-    def score(
+    def logits(
         self, shard: TextShard, query_ids: Sequence[int], last: int, victims: Victims = NOBODY
     ) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
-        self._transport.check_agreement("continuation", list(query_ids), last)
+        self._transport.check_agreement("question", list(query_ids), last)
         self._transport.publish("score")
         shard.rewind()
         self.reserve([shard], len(query_ids), 0, victims)
@@ -216,6 +223,33 @@ class RankEngine:
             return self.read([shard], [query_ids], last)
         finally:
             shard.rewind()
+
+    def score(
+        self,
+        shard: TextShard,
+        before: Sequence[int],
+        ids: Sequence[int],
+        again: int = 0,
+        victims: Victims = NOBODY,
+    ) -> Tensor:
+        """How likely `ids` are after what is there and `before`; nothing is left behind.
+
+        `again` of `before` are the last tokens that are there.  (2, len(ids)) as in
+        `next_token_scores`, the same on every rank.
+        """
+        self._transport.check_agreement("continuation", list(before), list(ids), again)
+        self._transport.publish("score")
+        shard.rewind()
+        read = [*before, *ids[:-1]]
+        self.reserve([shard], len(read), 0, victims)
+        try:
+            hidden_TC = self._read([shard], [read], len(ids), again=again)
+        finally:
+            shard.rewind()
+        found = next_token_scores(self.model, hidden_TC, self._tensor(ids))
+        if self._transport.world_size > 1:
+            self._transport.broadcast(found, root=0).wait()
+        return found
 
     def read(
         self,
@@ -232,16 +266,33 @@ class RankEngine:
 
         Float32 logits (texts · last, vocab) at the last tokens of each text, in order.
         """
+        return self.model.head(self._read(shards, new, last, length=length, growing=growing))
+
+    def _read(
+        self,
+        shards: Sequence[TextShard],
+        new: Sequence[Sequence[int]],
+        last: int,
+        *,
+        length: int = 0,
+        growing: bool = False,
+        again: int = 0,
+    ) -> Tensor:
+        """What the head takes (texts · last, hidden size).
+
+        The first `again` of `new` are there already: they are read once more, and not kept twice.
+        """
         world, rank = self._transport.world_size, self._transport.rank
         rows = side_by_side([len(ids) for ids in new])
         if any(s.tokens + len(ids) > s.ready for s, ids in zip(shards, new, strict=True)):
             self._reserve_more(shards, max(map(len, new)), growing)
         parts, plans = [], []
         for shard, ids, row in zip(shards, new, rows, strict=True):
-            start, stop = shard.tokens, shard.tokens + len(ids)
-            turns = [turn_runs(start, len(ids), other, world) for other in range(world)]
+            there, kept = shard.tokens, len(ids) - again
+            start, stop = there - again, there + kept
+            turns = [turn_runs(there, kept, other, world) for other in range(world)]
             shard.cache.append(turns[rank])
-            shard.grow(len(ids), turns)
+            shard.grow(kept, turns)
             parts.append(ReplicatedPart(start, row, turns[rank], shard.cache))
             plans.append((self._tensor(range(start, stop)), max(stop, length)))
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
@@ -250,7 +301,7 @@ class RankEngine:
         )
         wanted = [index for row in rows for index in range(row.stop - last, row.stop)]
         token_ids = self._tensor([token for ids in new for token in ids])
-        return self.model.forward(token_ids, positions_T, context, logits=wanted)
+        return self.model.hidden(token_ids, positions_T, context)[wanted]
 
     def _reserve_more(self, shards: Sequence[TextShard], tokens: int, growing: bool) -> None:
         """A text that grows token by token gets room for many at once, and forgets now and then."""
@@ -268,8 +319,11 @@ class RankEngine:
         new: Sequence[Sequence[int]],
         extension: Extension,
         progress: _Progress,
-    ) -> None:
-        """One forward pass; a rank with nothing to compute runs one dummy token."""
+    ) -> Tensor:
+        """One forward pass; a rank with nothing to compute runs one dummy token.
+
+        The last layer's output (tokens, hidden size), the dummy's with it.
+        """
         parts = [(shards[part.text], part) for part in extension.parts]
         for shard, part in parts:
             shard.cache.append(part.kept)
@@ -285,9 +339,10 @@ class RankEngine:
         )
         token_ids = self._tensor(extension.token_ids(new) or [DUMMY_ID])
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
-        self.model.forward(token_ids, positions_T, context, logits=[])
+        hidden_TC = self.model.hidden(token_ids, positions_T, context)
         for shard, part in parts:
             shard.cache.forget(part.encoded)
+        return hidden_TC
 
     def _agree(self, logits_V: Tensor, sampler: Sampler) -> int:
         """Rank 0 chooses and tells the others, so that ranks never differ about an end."""

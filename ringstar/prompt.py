@@ -25,9 +25,9 @@ class PromptFormat:
     def context_ids(self, tokenizer: Any, document: str) -> list[int]:
         """Token ids of everything up to the end of the document."""
         text = self.before_document + document
-        ids = tokenizer.encode(text, add_special_tokens=self.add_special_tokens)
-        ends = self.add_special_tokens and ids and ids[-1] == tokenizer.eos_token_id
-        return ids[:-1] if ends else ids  # some tokenizers close every text
+        if self.add_special_tokens:
+            return opening_ids(tokenizer, text)
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def query_ids(self, tokenizer: Any, question: str) -> list[int]:
         """Token ids of everything from the end of the document to where the answer begins."""
@@ -42,6 +42,13 @@ class PromptFormat:
         if self.between_turns is None:
             raise UserError("model.path", None, "its chat template has no second turn")
         return continuing_ids(tokenizer, self.between_turns + question + self.after_question)
+
+
+def opening_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that more will follow, behind whatever the tokenizer puts first."""
+    ids = tokenizer.encode(text)
+    ends = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends else ids  # some tokenizers close every text
 
 
 def continuing_ids(tokenizer: Any, text: str) -> list[int]:

@@ -47,6 +47,7 @@ from ringstar.models import (
 )
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.room import Victims, make_room
+from ringstar.scores import Score, ScoredText, SpreadScores, score_of
 from ringstar.shard import TextShard
 from ringstar.store import (
     Manifest,
@@ -238,23 +239,33 @@ class LongContext:
         Raises:
             UserError: as `encode`, of any of them; or there are none.
         """
-        chosen = strategy or self.config.strategy
         if not documents or (lengths is not None and len(lengths) != len(documents)):
             what = "none are given" if not documents else f"have {len(lengths or ())} lengths"
             raise UserError("documents", len(documents), f"{what}; needed are one or more of each")
         files = self.files
         ids = [token_ids("document", d, files.context_ids, files.vocab_size) for d in documents]
+        return self._encode(ids, on_progress, strategy, lengths)[0]
+
+    def _encode(
+        self,
+        ids: list[list[int]],
+        on_progress: OnProgress | None,
+        strategy: StrategyConfig | None,
+        lengths: Sequence[int] | None = None,
+        scored: Sequence[ScoredText] = (),
+    ) -> tuple[list[Document], list[Score]]:
+        """Documents, and the scores of texts of which they are what is read."""
+        chosen, files = strategy or self.config.strategy, self.files
         config = replace(self.config, strategy=chosen)
         for document in ids:
             check_fits(config, files, self.world_size, len(document))
             self._say(describe(chosen, len(document), self.world_size))
-
         totals = [
             max(length, len(document))
             for length, document in zip(lengths or [0] * len(ids), ids, strict=True)
         ]
         begun = [
-            self.shelf.beginning(document, self._fits(chosen, document, total))
+            None if scored else self.shelf.beginning(document, self._fits(chosen, document, total))
             for document, total in zip(ids, totals, strict=True)
         ]
         known = [found[1] if found else 0 for found in begun]
@@ -265,8 +276,9 @@ class LongContext:
 
         def encode(
             transport: Transport,
-        ) -> tuple[list[TextShard], list[RankMetrics], tuple[float, KVError]]:
+        ) -> tuple[list[TextShard], list[RankMetrics], tuple[float, KVError], list[Score]]:
             transport.check_agreement("strategy", chosen)
+            transport.check_agreement("text", [(text.start, text.ids[-1]) for text in scored])
             engine, index = self._engines[transport.rank], self._index(transport)
             victims = self._victims(transport, [found[0] for found in begun if found])
             shards = []
@@ -279,14 +291,20 @@ class LongContext:
                 shards.append(engine.fork(source, found[1], total, victims))
             report = _on_rank_0(transport, on_progress)
             made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
-            cost = engine.encode(shards, new, made, report, victims)
+            scores = SpreadScores(engine.model, scored)
+            on_pass = scores.add if scored else None
+            cost = engine.encode(shards, new, made, report, victims, on_pass)
             transport.publish("metrics")
             metrics = [
                 gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent) for shard in shards
             ]
-            return shards, metrics, self._slowest_and_worst(transport, cost)
+            owned = [shard.owned for shard in shards]
+            given = scores.gathered(transport, owned) if scored else []
+            return shards, metrics, self._slowest_and_worst(transport, cost), given
 
-        by_rank, (metrics, *_), (costs, *_) = zip(*self.ranks.run(encode), strict=True)
+        by_rank, (metrics, *_), (costs, *_), (scores, *_) = zip(
+            *self.ranks.run(encode), strict=True
+        )
         took_s, kv_error = costs
         encoded = [
             Document(
@@ -306,7 +324,7 @@ class LongContext:
         ]
         for each in encoded:
             self.shelf.add(each)
-        return encoded
+        return encoded, scores
 
     def _fits(
         self, strategy: StrategyConfig, ids: Sequence[int], length: int
@@ -485,7 +503,80 @@ class LongContext:
 
         return self.ranks.run(answer)[0]
 
-    def score(self, document: Document, ids: Sequence[int], last: int = 1) -> torch.Tensor:
+    def score(
+        self,
+        document: Document | Text,
+        continuations: Sequence[Text],
+        *,
+        after: Text = (),
+        on_progress: OnProgress | None = None,
+    ) -> list[Score]:
+        """How likely each of some continuations is, token by token; one Score for each.
+
+        Each follows the document, or, between the two, `after` (such as the ids of a question);
+        none sees another.  A document that is encoded already is left as it was: its last token is
+        read once more, for what comes next.  One given as text or token ids is encoded for this
+        alone, with `on_progress` as in `encode`, and nothing of a chat is put around a text.
+
+        Raises:
+            UserError: something is empty or too long, or, for an encoded document with nothing
+                after it, layers with a window have forgotten what its last token saw.
+        """
+        if isinstance(continuations, str):
+            raise UserError("continuations", continuations, "needed is a list of texts or of ids")
+        ids = [self._following_ids("continuation", each) for each in continuations]
+        before = self._following_ids("after", after) if len(after) else []
+        if not isinstance(document, Document):
+            longest = max(map(len, ids), default=0)
+            document, before = self._encode_before(document, before, longest, on_progress)
+        self.shelf.use(document)
+        again = 0 if before else 1
+        before = before or [document.ids[-1]]
+        self._check_continuations(document, len(before) - again, ids)
+        shards = self._shards(document)
+
+        def score(transport: Transport) -> list[torch.Tensor]:
+            engine, shard = self._engines[transport.rank], shards[transport.rank]
+            victims = self._victims(transport, [document])
+            engine.bring_back(shard, victims)
+            return [engine.score(shard, before, each, again, victims) for each in ids]
+
+        return [score_of(*pair) for pair in zip(ids, self.ranks.run(score)[0], strict=True)]
+
+    def score_text(self, text: Text, on_progress: OnProgress | None = None) -> Score:
+        """How likely each token of a text was, but for the first, which has nothing before it."""
+        return self.score_texts([text], on_progress)[0]
+
+    def score_texts(
+        self,
+        texts: Sequence[Text],
+        on_progress: OnProgress | None = None,
+        *,
+        strategy: StrategyConfig | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> list[Score]:
+        """The same of several texts, which are encoded together as by `encode_batch`.
+
+        Of text i the tokens from index `starts[i]` on are scored; unless given that is 1.  Each
+        rank scores those that it computes, so that texts may be as long as documents.  By the ring
+        the scores are exact; by star a token is given what its block sees, and anchors are not
+        counted.  Nothing of a chat is put around texts.
+
+        Raises:
+            UserError: as `encode_batch`, or a text has nothing at its start to be scored.
+        """
+        to_ids, size = self.files.plain_ids, self.files.vocab_size
+        ids = [token_ids("text", text, to_ids, size) for text in texts]
+        firsts = [1] * len(ids) if starts is None else starts
+        scored = [ScoredText(*pair) for pair in zip(ids, firsts, strict=True)]
+        for text in scored:
+            if not 0 < text.start < len(text.ids):
+                what = f"of {len(text.ids)} tokens is scored from the second on, and has none there"
+                raise UserError("text", f"from token {text.start}", what)
+        read = [text.read for text in scored]
+        return self._encode(read, on_progress, strategy, scored=scored)[1] if ids else []
+
+    def logits(self, document: Document, ids: Sequence[int], last: int = 1) -> torch.Tensor:
         """What the model expects after each of the last `last` of `ids`, read after a document.
 
         Float32 logits (last, vocab) on the CPU, the same on every rank; the document is left as
@@ -499,16 +590,40 @@ class LongContext:
         if not 0 < last <= len(ids):
             raise UserError("last", last, f"allowed: from 1 to the {len(ids)} ids")
         self._check_question(document, len(ids))
-
         self.shelf.use(document)
 
-        def score(transport: Transport) -> torch.Tensor:
+        def logits(transport: Transport) -> torch.Tensor:
             engine, shard = self._engines[transport.rank], shards[transport.rank]
             victims = self._victims(transport, [document])
             engine.bring_back(shard, victims)
-            return engine.score(shard, ids, last, victims)
+            return engine.logits(shard, ids, last, victims)
 
-        return self.ranks.run(score)[0].cpu()
+        return self.ranks.run(logits)[0].cpu()
+
+    def _following_ids(self, key: str, given: Text) -> list[int]:
+        """Token ids of what follows a document; also of spaces alone."""
+        ids = self.files.more_ids(given) if isinstance(given, str) else given
+        return token_ids(key, ids, self.files.more_ids, self.files.vocab_size)
+
+    def _encode_before(
+        self, text: Text, after: list[int], longest: int, on_progress: OnProgress | None
+    ) -> tuple[Document, list[int]]:
+        """A text, encoded but for its last token, which is read with what comes after it."""
+        ids = token_ids("document", text, self.files.plain_ids, self.files.vocab_size)
+        length = len(ids) + len(after) + max(0, longest - 1)
+        head, after = (ids[:-1], [ids[-1], *after]) if len(ids) > 1 else (ids, after)
+        return self.encode(head, on_progress, length=length), after
+
+    def _check_continuations(
+        self, document: Document, before: int, continuations: list[list[int]]
+    ) -> None:
+        for ids in continuations:
+            self._check_question(document, before + len(ids) - 1)
+        window = self.files.window
+        if not before and window is not None and window <= document.tokens:
+            why = f"layers with a window of {window} have forgotten what its last token saw;"
+            why += " allowed: a text or ids in its place, or something after it"
+            raise UserError("document", f"{document.tokens} tokens", why)
 
     def save(self, document: Document, folder: str) -> None:
         """Write an encoded document to a folder, whole or not at all.
@@ -743,14 +858,15 @@ class LongContext:
 
 @contextmanager
 def _used_up(document: Document) -> Iterator[None]:
-    """Its KV becomes another's; if that is refused before it begins, it is what it was."""
-    shards = list(document.shards)
-    document.shards.clear()
+    """Its KV becomes another's; only if that is refused before it begins, it is what it was."""
     try:
         yield
     except UserError:
-        document.shards[:] = shards
         raise
+    except BaseException:
+        document.shards.clear()
+        raise
+    document.shards.clear()
 
 
 def _on_rank_0(transport: Transport, report: OnProgress | None) -> OnProgress:

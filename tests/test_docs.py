@@ -17,17 +17,23 @@ from pathlib import Path
 
 import pytest
 
-from launch import faults, generate
+from launch import faults, generate, score_result
+from launch.harness import split
 from launch.options import (
     ASK,
     COMPARE,
     GENERATE,
     GROUPS,
+    HARNESS,
+    SCORE,
     every_option,
     parse,
     parse_comparison,
+    parse_harness,
     parse_questions,
+    parse_score,
 )
+from launch.score_plan import RESULT_FIELDS
 from ringattn import Costs, ExtendPlan
 from ringstar import LongContext
 from ringstar.models import FAMILIES
@@ -49,10 +55,12 @@ COMMANDS = [
 PARSERS = {
     "launch.ask": (ASK, parse_questions),
     "launch.compare": (COMPARE, parse_comparison),
+    "launch.harness": (HARNESS, parse_harness),
+    "launch.score": (SCORE, parse_score),
 }
 BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    for page in (README, ROOT / "docs/python.md")
+    for page in (README, ROOT / "docs/python.md", ROOT / "docs/score.md")
 }
 
 
@@ -75,6 +83,9 @@ def test_there_are_commands_and_examples():
 def test_commands_name_what_exists(page, line):
     words = shlex.split(line)
     module, *options = words[words.index("-m") + 1 :]
+    if module == "launch.harness":  # what has a dash, and all after it, is not ours
+        options, theirs = split(options)
+        assert theirs
     assert importlib.util.find_spec(module)
     command, parse_all = PARSERS.get(module, (GENERATE, parse))
     known = {*every_option(command), *command.groups}
@@ -85,7 +96,8 @@ def test_commands_name_what_exists(page, line):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page):
-    known = {*every_option(), *every_option(ASK), *every_option(COMPARE), *GROUPS}
+    commands = (GENERATE, *(command for command, _ in PARSERS.values()))
+    known = {*GROUPS, *(option for command in commands for option in every_option(command))}
     # a comparison's JSON has a list of that name too
     sections = "|".join({key.partition(".")[0] for key in known if "." in key} - {"questions"})
     for key in re.findall(rf"`((?:{sections})\.\w+)(?:=[^`]*)?`", page.read_text()):
@@ -99,6 +111,34 @@ def test_every_result_field_is_described():
     table = (ROOT / "docs/results.md").read_text().partition("## The resolved")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == fields
+
+
+def test_every_field_of_a_score_is_described():
+    alone, _, continuations = (ROOT / "docs/score.md").read_text().partition("## Continuations")
+    source = ast.parse(inspect.getsource(score_result.result_of))
+    returned = next(node for node in ast.walk(source) if isinstance(node, ast.Return)).value
+    assert _named(alone) == {key.value for key in returned.keys}
+    assert _named(continuations) == set(RESULT_FIELDS)
+
+
+def _named(page):
+    """The fields in the first column of a table."""
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_perplexities_are_those_of_the_file_that_is_linked():
+    page = (ROOT / "docs/score.md").read_text()
+    file = ROOT / "docs" / re.findall(r"\(([^()]+-cpu-perplexity)\.md\)", page)[0]
+    found = json.loads(file.with_suffix(".json").read_text())
+    ranks = found["over ranks"]
+    rings = [row["relative difference"] for name, row in ranks.items() if name.startswith("ring")]
+    assert f"at most {max(map(abs, rings)):.1e} off" in page and max(map(abs, rings)) < 1e-4
+    for name, shown in {"quarter": "quarters", "eighth": "eighths"}.items():
+        row = ranks[f"star, {shown}, 4 ranks"]
+        change = 100 * row["relative difference"]
+        told = f"a{'n' * (name == 'eighth')} {name} | {row['perplexity']:.4f} | +{change:.2g}% |"
+        assert f"star, blocks of {told}" in page
 
 
 def test_exit_statuses_are_described():

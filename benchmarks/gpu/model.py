@@ -238,7 +238,7 @@ def _encoded(ranks: ThreadWorld, engine: RankEngine, chunk: int, ids: list[int])
 def _scored(ranks: ThreadWorld, engine: RankEngine, chunk: int, ids: list[int]) -> Tensor:
     """Logits (vocab,) after `ids`, the last of which is a question about the others."""
     shard = _encoded(ranks, engine, chunk, ids[:-1])
-    return ranks.run(lambda _: engine.score(shard, ids[-1:], 1))[0][0]
+    return ranks.run(lambda _: engine.logits(shard, ids[-1:], 1))[0][0]
 
 
 def _installed(package: str) -> bool:

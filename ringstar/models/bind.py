@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ringstar.models.attention import NAME, ForwardContext
 from ringstar.models.rotary import Rotary
@@ -48,25 +49,23 @@ class BoundModel:
     def layers(self) -> int:
         return self.config.num_hidden_layers
 
-    def forward(
-        self,
-        ids_T: Tensor,
-        positions_T: Tensor,
-        context: ForwardContext,
-        *,
-        logits: Sequence[int],
-    ) -> Tensor:
-        """Run the model on one rank's tokens; float32 logits (len(logits), vocab) after those."""
-        call = self.whole if logits else self.model.get_decoder()
-        keep = {"logits_to_keep": ids_T.new_tensor(logits)} if logits else {}
-        output = call(
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext) -> Tensor:
+        """Run all layers on one rank's tokens; what the head takes (tokens, hidden size)."""
+        decoder = self.model.get_decoder()
+        return decoder(
             input_ids=ids_T.unsqueeze(0),
             position_ids=positions_T.unsqueeze(0),
             use_cache=False,
             ringstar_context=context,
-            **keep,
-        )
-        return output.logits[0].float() if logits else ids_T.new_empty(0, dtype=torch.float32)
+        ).last_hidden_state[0]
+
+    def head(self, hidden_TC: Tensor) -> Tensor:
+        """Float32 logits (T, vocab): the model's own head, and whatever it does to its logits."""
+        if not len(hidden_TC):
+            return hidden_TC.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        ids = torch.zeros(1, len(hidden_TC), dtype=torch.int64, device=hidden_TC.device)
+        given = hidden_TC.unsqueeze(0)
+        return self.whole(input_ids=ids, use_cache=False, ringstar_hidden=given).logits[0].float()
 
     def flops_per_token(self) -> tuple[float, float]:
         """Of one layer's weights, and of its attention per key that a token sees."""
@@ -88,6 +87,7 @@ def bind(model: Any, *, ff_slice_tokens: int, rope_precision: str = "float32") -
             model.set_attn_implementation(NAME)
         undo.callback(setattr, decoder, "rotary_emb", decoder.rotary_emb)
         decoder.rotary_emb = _FromContext()
+        put(undo, decoder, "forward", _or_given(decoder.forward))
         for index, layer in enumerate(decoder.layers):
             kind = None if rotary.kinds == (None,) else decoder.config.layer_types[index]
             hook = layer.register_forward_pre_hook(
@@ -120,6 +120,18 @@ def _give_position_embeddings(
     if context is None:
         return args, kwargs  # the attention function says what is wrong
     return args, {**kwargs, "position_embeddings": context.position_embeddings[kind]}
+
+
+def _or_given(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder's forward, but for a call that brings what it would give: the head alone runs."""
+
+    @wraps(forward)
+    def call(*args: Any, ringstar_hidden: Tensor | None = None, **kwargs: Any) -> Any:
+        if ringstar_hidden is None:
+            return forward(*args, **kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=ringstar_hidden)
+
+    return call
 
 
 def sliced(forward: Callable[[Tensor], Any], tokens: int) -> Callable[[Tensor], Any]:

@@ -24,7 +24,7 @@ from ringstar.models.families import check_family
 from ringstar.models.geometry import run_once
 from ringstar.models.quantised import check_quantised, quantised
 from ringstar.models.smollm2 import smollm2_folder
-from ringstar.prompt import PromptFormat, continuing_ids, prompt_format
+from ringstar.prompt import PromptFormat, continuing_ids, opening_ids, prompt_format
 
 # transformers patches its classes while it loads, and two loads at once leave them patched
 _LOADING = threading.Lock()
@@ -78,6 +78,10 @@ class ModelFiles(ModelFacts):
     def context_ids(self, document: str) -> list[int]:
         """The document's token ids behind whatever the chat template puts first."""
         return self.prompt.context_ids(self._needed_tokenizer(), document)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """A text's token ids with nothing of a chat around it."""
+        return opening_ids(self._needed_tokenizer(), text)
 
     def next_query_ids(self, question: str) -> list[int]:
         """The token ids of a question that follows an answer."""

@@ -67,6 +67,21 @@ class OneDevice:
         tpot_s = (times[-1] - times[0]) / max(1, len(times) - 1)
         return PlainAnswer(ids, first_logits.cpu(), times[0] - started, tpot_s)
 
+    @torch.inference_mode()
+    def logprobs(self, ids: Sequence[int], rows: int = 512) -> Tensor:
+        """Of each of `ids` but the first: float64 (len(ids) − 1,), on the CPU.
+
+        `rows` tokens are read at once behind the cache, so that logits never exist for all.
+        """
+        cache, found = DynamicCache(), []
+        text = torch.tensor([list(ids)], device=self._model.device)
+        for start in range(0, len(ids) - 1, rows):
+            read, wanted = text[:, start : start + rows], text[0, start + 1 : start + rows + 1]
+            logits_TV = self._model(read, past_key_values=cache, use_cache=True).logits[0]
+            chances_TV = logits_TV[: len(wanted)].double().log_softmax(-1)
+            found.append(chances_TV.gather(1, wanted.unsqueeze(1)).squeeze(1).cpu())
+        return torch.cat(found)
+
     def _forward(self, ids: Sequence[int]) -> Tensor:
         output = self._model(
             torch.tensor([list(ids)], device=self._model.device),

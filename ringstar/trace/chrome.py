@@ -17,6 +17,7 @@ PHASES, COMPUTE, WAITS, TRANSFERS = range(4)
 _TRACK = {
     "phase": PHASES,
     "forward": COMPUTE,
+    "head": COMPUTE,
     "layer": COMPUTE,
     "attention": COMPUTE,
     "kernel": COMPUTE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,20 +20,18 @@ class TracedModel(BoundModel):
 
     recorder: Recorder
 
-    def forward(
-        self,
-        ids_T: Tensor,
-        positions_T: Tensor,
-        context: ForwardContext,
-        *,
-        logits: Sequence[int],
-    ) -> Tensor:
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext) -> Tensor:
         name = f"forward of {len(ids_T)}"
         began = self.recorder.begin(name)
-        traced = TracedContext(context, self.recorder)
-        made = super().forward(ids_T, positions_T, traced, logits=logits)
+        hidden_TC = super().hidden(ids_T, positions_T, TracedContext(context, self.recorder))
         self.recorder.end("forward", name, began, {"tokens": len(ids_T)})
-        return made
+        return hidden_TC
+
+    def head(self, hidden_TC: Tensor) -> Tensor:
+        began = self.recorder.begin("head")
+        logits_TV = super().head(hidden_TC)
+        self.recorder.end("head", "head", began, {"tokens": len(hidden_TC)})
+        return logits_TV
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from ringstar.trace.clocks import Clock
 
-Kind = Literal["phase", "forward", "layer", "attention", "kernel", "transfer", "wait"]
+Kind = Literal["phase", "forward", "head", "layer", "attention", "kernel", "transfer", "wait"]
 # spans beyond the limit are added up so many at a time: on CUDA that waits for the device
 _ADDED_UP_TOGETHER = 4096
 

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 import launch.compare
+import launch.pictures
 import launch.start
 from launch.compare import main
 from launch.compare_facts import MOST, make_facts
@@ -185,7 +186,7 @@ def test_kl_is_that_of_the_logits(result, folder):
     answer = result["settings"][0]["answers"][0]
     ids = one.files.query_ids(result["questions"][0]["text"]) + answer["answer_ids"][:-1]
     last = len(answer["answer_ids"])
-    logits = (runtime.score(runtime.encode(text), ids, last) for runtime in (one, two))
+    logits = (runtime.logits(runtime.encode(text), ids, last) for runtime in (one, two))
     p, q = (rows.double().softmax(-1) for rows in logits)
     want = (p * (p.log() - q.log())).sum(-1)
     got = result["settings"][2]["answers"][0]["kl"][:last]
@@ -459,14 +460,14 @@ def test_settings_with_sliding_windows(refused, ids_file):
 
 
 def test_pictures_without_matplotlib(refused, run, monkeypatch, tmp_path, chat, book):
-    monkeypatch.setattr(launch.compare, "can_draw", lambda: False)
+    monkeypatch.setattr(launch.pictures, "can_draw", lambda: False)
     given = [f"model.path={chat}", f"document.path={book}", QUESTIONS[0]]
     line = refused(*given, f"compare.picture={tmp_path}/a.png")
     assert "pip install 'ringstar[plots]'" in line
 
 
 def test_no_matplotlib_and_no_picture_asked_for(run, monkeypatch, tmp_path, chat, book):
-    monkeypatch.setattr(launch.compare, "can_draw", lambda: False)
+    monkeypatch.setattr(launch.pictures, "can_draw", lambda: False)
     given = [f"model.path={chat}", f"document.path={book}", QUESTIONS[0], "compare.needles=0"]
     _, err = run(*given, *SMALL, f"output.path={tmp_path}/r.json")
     assert "no picture: matplotlib is not installed" in err

@@ -16,10 +16,13 @@ from launch.options import (
     CONFIG_DIR,
     GENERATE,
     GROUPS,
+    HARNESS,
+    SCORE,
     every_option,
     group_options,
     parse,
     parse_comparison,
+    parse_score,
 )
 from launch.outputs import resolved_config
 from ringstar.config import Config
@@ -100,6 +103,26 @@ COMPARE_OPTIONS = sorted(
         "compare.probes",
         "compare.star",
     }
+)
+SCORE_OPTIONS = sorted(
+    {
+        *(key for key in OPTIONS if not key.startswith("generation.")),
+        "score.continuation",
+        "score.path",
+        "score.pieces",
+        "score.picture",
+    }
+    - {"document.checkpoint_every", "document.save", "output.first_logits"}
+)
+HARNESS_OPTIONS = sorted(
+    {
+        *(key for key in OPTIONS if key.partition(".")[0] not in ("document", "generation")),
+        "harness.batch_size",
+        "harness.max_length",
+        "harness.query_tokens",
+        "harness.seed",
+    }
+    - {"output.first_logits", "output.path", "question", "question_path"}
 )
 
 CHOICES = {
@@ -187,6 +210,16 @@ def test_every_option_of_ask_is_still_there():
     assert ASK.groups == GROUPS
 
 
+def test_every_option_of_score_is_still_there():
+    assert sorted(every_option(SCORE)) == SCORE_OPTIONS
+    assert SCORE.groups == GROUPS
+
+
+def test_every_option_of_harness_is_still_there():
+    assert sorted(every_option(HARNESS)) == HARNESS_OPTIONS
+    assert HARNESS.groups == GROUPS
+
+
 def test_every_choice_is_still_there():
     assert {group: group_options(group) for group in GROUPS} == CHOICES
 
@@ -221,7 +254,14 @@ def test_experiments_hold_deltas_only():
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [(GENERATE, OPTIONS), (ASK, ASK_OPTIONS), (COMPARE, COMPARE_OPTIONS)]
+    ("command", "options"),
+    [
+        (GENERATE, OPTIONS),
+        (ASK, ASK_OPTIONS),
+        (COMPARE, COMPARE_OPTIONS),
+        (SCORE, SCORE_OPTIONS),
+        (HARNESS, HARNESS_OPTIONS),
+    ],
 )
 def test_every_option_has_a_help_line(command, options):
     lines = help_text("", command).splitlines()
@@ -258,6 +298,14 @@ def test_texts_of_a_comparison_are_literal_and_may_be_repeated(text):
         assert value_of(config, key) == [text, "b", text]
     config = parse_comparison([f"compare.picture={text}", f"output.path={text}"])
     assert (config.compare.picture, config.output.path) == (text, text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_continuations_are_literal_and_may_be_repeated(text):
+    config = parse_score([f"score.continuation={part}" for part in (text, "b", text)])
+    assert config.score.continuation == [text, "b", text]
+    config = parse_score([f"score.picture={text}", f"score.path={text}"])
+    assert (config.score.picture, config.score.path) == (text, text)
 
 
 def test_values_that_are_no_text_are_typed():

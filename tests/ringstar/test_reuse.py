@@ -209,13 +209,11 @@ def test_processes_know_the_same():
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=400)
 
 
-class FakeShard:
-    is_here, evicted = True, False
-
-
 class FakeDocument:
+    evicted = False
+
     def __init__(self, ids):
-        self.ids, self.shards = ids, [FakeShard()]
+        self.ids, self.shards = ids, [None]
 
 
 @given(st.lists(st.tuples(st.integers(0, 300), texts), min_size=1, max_size=5), st.integers(0, 300))

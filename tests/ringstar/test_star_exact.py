@@ -128,7 +128,7 @@ def check(case: Case, new_tokens: int = GREEDY) -> None:
     """Every question position, and, unless 0, so many greedy tokens."""
     star_runtime = runtime(case.family, case.world, case.chunk_tokens)
     document = star_runtime.encode(case.ids, strategy=case.config)
-    logits_QV = star_runtime.score(document, case.question_ids, case.question)
+    logits_QV = star_runtime.logits(document, case.question_ids, case.question)
     if not new_tokens:
         return verify(case, logits_QV, logits_QV[-1], [])
     answer = star_runtime.ask(document, case.question_ids, max_new_tokens=new_tokens)
@@ -279,7 +279,7 @@ def test_what_is_shared_changes_nothing():
     for share in SHARES:
         star_runtime = runtime(case.family, case.world)
         document = star_runtime.encode(case.ids, strategy=replace(case.config, share_anchor=share))
-        said.append(star_runtime.score(document, case.question_ids, case.question))
+        said.append(star_runtime.logits(document, case.question_ids, case.question))
     assert max(relative_error(logits, said[-1]) for logits in said) < 2e-6
 
 
@@ -289,7 +289,7 @@ def test_a_document_can_be_asked_again_and_nothing_is_left_behind():
     held = [shard.cache.nbytes for shard in document.shards]
     first = star_runtime.ask(document, case.question_ids, max_new_tokens=12)
     star_runtime.ask(document, random_ids(30, seed=3), max_new_tokens=5)
-    scored = star_runtime.score(document, case.question_ids, case.question)
+    scored = star_runtime.logits(document, case.question_ids, case.question)
     again = star_runtime.ask(document, case.question_ids, max_new_tokens=12)
     assert again.ids == first.ids
     assert torch.equal(again.first_logits, first.first_logits)
@@ -362,7 +362,7 @@ def answers(transport: Any, folder: str, world: int) -> list[tuple]:
         ours = LongContext.from_config(config, ProcessWorld(transport))
         document = ours.encode(case.ids)
         answer = ours.ask(document, case.question_ids, max_new_tokens=3)
-        scored = ours.score(document, case.question_ids, case.question)
+        scored = ours.logits(document, case.question_ids, case.question)
         # numpy: a tensor would be shared with a process that has ended when it is read
         logits = (scored.numpy(), answer.first_logits.numpy())
         said.append((*logits, answer.ids, document.metrics.bytes_sent))
@@ -515,7 +515,7 @@ def test_phase_two_gathers_once_for_each_layer_and_step(share, world):
         wanted = {"all_gather": LAYERS * steps, "broadcast": steps} if world > 1 else {}
         assert calls == [wanted] * world
     before = counters(ours)
-    ours.score(document, case.question_ids, 3)
+    ours.logits(document, case.question_ids, 3)
     _, calls = since(before, counters(ours))
     assert calls == [{"all_gather": LAYERS} if world > 1 else {}] * world
 

@@ -148,7 +148,7 @@ def error(name: str, size: Size, new_tokens: int = 0) -> float:
     """
     ours, length = runtime(name, size.world, size.chunk_tokens), size.document + size.question
     document = ours.encode(size.ids, strategy=size.strategy, length=length)
-    logits_QV = ours.score(document, size.question_ids, size.question)
+    logits_QV = ours.logits(document, size.question_ids, size.question)
     want, exact = oracle(name, size, new_tokens), oracle(name, size, dtype=torch.float64)
     pairs = [(logits_QV, want.logits_QV), (logits_QV, exact.logits_QV)]
     if new_tokens:
@@ -209,7 +209,7 @@ def test_the_window_that_star_is_judged_by_is_the_layers_own(name, monkeypatch):
     monkeypatch.setattr(ReplicatedPass, "attend", noted)
     ours = runtime(name, 1)
     document = ours.encode(random_ids(5), strategy=RingConfig(), length=7)
-    ours.score(document, random_ids(2))
+    ours.logits(document, random_ids(2))
     assert asked - {None} == {ours.files.window} - {None}
     assert (ours.files.window is not None) == (name in WINDOWED)
 
@@ -225,7 +225,7 @@ def test_windows_that_hide_positions_are_refused(name):
     with pytest.raises(UserError, match=f"{refusal} 22 positions"):
         ours.ask(document, random_ids(4), max_new_tokens=3)
     with pytest.raises(UserError, match=f"{refusal} 22 positions"):
-        ours.score(document, random_ids(7))
+        ours.logits(document, random_ids(7))
 
 
 # -- faults ------------------------------------------------------------------------------

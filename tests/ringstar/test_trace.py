@@ -45,7 +45,7 @@ def config_of(folder, path, world=3, **changes) -> Config:
 def run(runtime):
     """A document, logits after it, and an answer."""
     document = runtime.encode(random_ids(CONTEXT))
-    runtime.score(document, random_ids(4), last=2)
+    runtime.logits(document, random_ids(4), last=2)
     answer = runtime.ask(document, random_ids(5), max_new_tokens=NEW_TOKENS)
     runtime.close()
     return answer

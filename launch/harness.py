@@ -1,0 +1,146 @@
+"""Run tasks of the public harness lm-eval on ranks: our options first, then its own arguments.
+
+    python -m launch.harness launch.nproc=4 model.path=DIR --tasks arc_easy,piqa --limit 100
+    python -m launch.harness launch.nproc=4 model.path=DIR strategy=star strategy.block_size=4K \\
+        --tasks niah_single_1 --metadata '{"max_seq_lengths": [16384]}' --output_path results
+    torchrun --standalone --nproc-per-node 4 -m launch.harness model.path=DIR --tasks wikitext
+
+What comes before the first argument with a dash says which model runs how; everything from there on
+is for lm-eval (`lm_eval run --help`), but for --model and --model_args.  It needs the extra
+`lm-eval`; some of its tasks ask for more, such as lm_eval[ruler].  Tasks that bring their data from
+the network run offline where it is cached, or with local files (--include_path).
+
+Each context is encoded once, spread over the ranks, and serves all its continuations.  By star the
+last harness.query_tokens of a context are read with exact attention to all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is quiet meanwhile too
+    # a rank waits in native code, where Python would not hear it
+    _quiet = signal.SIG_DFL if "RANK" in os.environ else lambda *_: os._exit(130)
+    signal.signal(signal.SIGINT, _quiet)
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from launch.faults import DONE, leave
+from launch.generate import show_choices
+from launch.help import help_text
+from launch.options import HARNESS, parse_harness
+from launch.start import RankCommand
+from launch.weights import check_weights
+from ringstar.config import HarnessConfig
+from ringstar.errors import UserError
+from ringstar.models import ModelFiles, find_model, quiet_transformers
+from ringstar.ranks import check_ranks, make_ranks, under_torchrun
+from ringstar.runtime import LongContext, choose_kernel
+
+NO_LM_EVAL = "is not installed: pip install 'ringstar[lm-eval]'"
+_REPORT = "launch.report="  # which the launcher appends
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, start ranks if asked to, evaluate; returns the exit status."""
+    own, theirs = split(arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(__doc__ or "", HARNESS))
+        return DONE
+    command = RankCommand(
+        "launch.harness",
+        lambda _: parse_harness(own),
+        partial(check_request, theirs),
+        partial(run_rank, theirs),
+    )
+    return command.main(arguments)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and those of lm-eval, which begin with the first that has a dash."""
+    report = [argument for argument in arguments if argument.startswith(_REPORT)]
+    others = [argument for argument in arguments if not argument.startswith(_REPORT)]
+    first = next((i for i, argument in enumerate(others) if argument.startswith("-")), len(others))
+    return [*others[:first], *report], others[first:]
+
+
+def check_request(theirs: Sequence[str], config: HarnessConfig) -> tuple[ModelFiles, Namespace]:
+    """All that can be found wrong before ranks start and weights load."""
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-eval", None, NO_LM_EVAL)
+    quiet_transformers()
+    files = find_model(config.model, config.rope)
+    if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
+        choose_kernel(config, files, torch.device("cpu"))
+    check_weights(files)
+    if files.tokenizer is None:
+        raise UserError("model.path", files.folder, "has no tokenizer, and tasks are text")
+    return files, parsed(theirs, files)
+
+
+def parsed(theirs: Sequence[str], files: ModelFiles) -> Namespace:
+    """lm-eval's arguments as it takes them apart itself; it ends the process for wrong ones."""
+    from lm_eval._cli import HarnessCLI
+
+    for name in ("--model", "-M", "--model_args", "-a", "--device", "--batch_size", "-b"):
+        if any(argument.partition("=")[0] == name for argument in theirs):
+            raise UserError(name, None, "what runs is said by our own options; --help lists them")
+    if under_torchrun() and any(a.partition("=")[0] in ("--use_cache", "-c") for a in theirs):
+        why = "each rank would keep its own, and ranks must ask the same; use transport=threads"
+        raise UserError("--use_cache", None, why)
+    if not theirs:
+        raise UserError("--tasks", None, "is missing: what shall lm-eval run?")
+    # tasks that make their texts to measure look for the tokenizer here
+    whole = ["lm_eval", "run", "--model", "ringstar", "--model_args", f"pretrained={files.folder}"]
+    before = sys.argv
+    sys.argv = [*whole, *theirs]
+    try:
+        return HarnessCLI().parse_args()
+    finally:
+        sys.argv = before
+
+
+def run_rank(theirs: Sequence[str], config: HarnessConfig, phases: Any) -> None:
+    """What every rank does: connect, and run all of lm-eval; rank 0 prints and writes."""
+    from ringstar.harness import RingstarLM
+
+    show_choices()
+    check_ranks(config)
+    files, arguments = check_request(theirs, config)
+    ranks, why = make_ranks(config.transport, phases)
+    runtime = LongContext(config, files, ranks, why)
+    chosen = {key: value for key, value in vars(config.harness).items() if value is not None}
+    arguments.model = RingstarLM(runtime=runtime, **chosen)
+    with _alone(arguments, speaks=runtime.rank == 0):
+        arguments.func(arguments)
+    runtime.close()
+
+
+@contextmanager
+def _alone(arguments: Namespace, *, speaks: bool) -> Iterator[None]:
+    """What lm-eval and its tasks print and write is the same on every rank: once is enough."""
+    with ExitStack() as stack:
+        if not speaks:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+            if arguments.output_path:  # not left out: some of its arguments ask for one
+                arguments.output_path = stack.enter_context(TemporaryDirectory())
+        yield
+
+
+if __name__ == "__main__":
+    if not under_torchrun():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_grad_enabled(False)
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,36 @@
+"""Where a command's picture goes, checked before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.compare_picture import can_draw
+from launch.outputs import check_file
+from ringstar.errors import UserError
+
+NO_MATPLOTLIB = "matplotlib is not installed: pip install 'ringstar[plots]'"
+
+
+def picture_path(asked: str | None, output: str | None) -> str | None:
+    """As asked, else beside the output if that can be drawn; None if there is none."""
+    if asked is not None or output is None or not can_draw():
+        return asked
+    return str(Path(output).expanduser().with_suffix(".png"))
+
+
+def check_picture(key: str, asked: str | None, output: str | None) -> None:
+    """Raise UserError, naming the option `key`, for a picture that could not be made."""
+    path = picture_path(asked, output)
+    if path is None:
+        return
+    if not can_draw():
+        raise UserError(key, path, NO_MATPLOTLIB)
+    if not path.endswith(".png"):
+        raise UserError(key, path, "allowed: a name that ends in .png")
+    check_file(key, path)
+    if output and _same(path, output):
+        raise UserError(key, path, "is output.path too")
+
+
+def _same(a: str, b: str) -> bool:
+    return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()

@@ -1,0 +1,112 @@
+"""python -m pytest tests/launch/test_harness.py
+
+lm-eval's own command line on ranks: our options, then its arguments.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+
+import launch.harness
+from launch.harness import main, split
+from ringstar.harness import RingstarLM
+from tests.support.lm_eval_tasks import choices, local_task
+
+ROOT = Path(__file__).parents[2]
+# without a look through the 14,000 files of its own tasks
+SCRIPT = """
+import functools, sys
+import torch
+from lm_eval.tasks import TaskManager
+from launch.harness import main
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+torch.set_grad_enabled(False)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    def touched(*_, **__):
+        raise AssertionError("went on after wrong input")
+
+    def refused(*arguments):
+        monkeypatch.setattr("launch.harness.make_ranks", touched)
+        monkeypatch.setattr("launch.start.start_ranks", touched)
+        assert main(list(arguments)) == 2
+        out, err = capsys.readouterr()
+        assert not out and len(err.splitlines()) == 1
+        return err.removeprefix("ringstar: ").strip()
+
+    return refused
+
+
+def test_what_has_a_dash_and_all_after_it_is_the_harness_s():
+    arguments = ["model.path=a", "--tasks", "x", "--metadata", "y=1", "launch.report=1:2"]
+    assert split(arguments) == (
+        ["model.path=a", "launch.report=1:2"],
+        ["--tasks", "x", "--metadata", "y=1"],
+    )
+
+
+def test_processes_run_a_task_and_one_of_them_speaks(chat, tmp_path):
+    """As if the adapter had been called: the samples' log-likelihoods are in the results."""
+    task = local_task(tmp_path, "arc/arc_easy.yaml", choices(3))
+    results = tmp_path / "results"
+    (tmp_path / "script.py").write_text(SCRIPT)
+    own = [f"model.path={chat}", "transport.threads_per_rank=1"]
+    theirs = ["--tasks", task, "--include_path", str(tmp_path), "--output_path", str(results)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "script.py", *own, *theirs, "--log_samples"]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("|acc_norm") == 1 and run.stdout.count(task) == 1
+    assert "2 ranks over gloo" in run.stderr
+    (written,) = results.rglob("results_*.json")
+    config = json.loads(written.read_text())["config"]
+    assert (config["model"], config["ranks"], config["transport"]) == ("RingstarLM", 2, "gloo")
+    (samples,) = results.rglob("samples_*.jsonl")
+    lm = RingstarLM(chat, transport="threads", world_size=3, threads_per_rank=1)
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        for request, (value,) in zip(sample["arguments"].values(), sample["resps"], strict=True):
+            pair = type("Request", (), {"args": (request["arg_0"], request["arg_1"])})
+            ((want, _),) = lm.loglikelihood([pair], disable_tqdm=True)
+            assert float(value[0]) == pytest.approx(want, abs=1e-3)
+
+
+def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypatch):
+    given = [f"model.path={chat}"]
+    assert refused(*given).startswith("--tasks: is missing")
+    assert "our own options" in refused(*given, "--model", "hf", "--tasks", "x")
+    assert "our own options" in refused(*given, "--tasks", "x", "--model_args=a=b")
+    assert "has no tokenizer" in refused(f"model.path={bare}", "--tasks", "x")
+    assert "tasks of lm-eval have their own" in refused(*given, "question=Who?", "--tasks", "x")
+    assert "--output_path" in refused(*given, "output.path=x", "--tasks", "x")
+    assert "harness.query_tokens=0" in refused(*given, "harness.query_tokens=0", "--tasks", "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.harness, "find_spec", lambda _: None)
+        assert refused(*given, "--tasks", "x") == (
+            "lm-eval: is not installed: pip install 'ringstar[lm-eval]'"
+        )
+    monkeypatch.setattr(launch.harness, "under_torchrun", lambda: True)
+    assert "transport=threads" in refused(*given, "--tasks", "x", "--use_cache", "c")
+
+
+def test_arguments_that_the_harness_does_not_know_end_as_it_ends(chat, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([f"model.path={chat}", "--tasks", "x", "--no_such_thing"])
+    assert left.value.code == 2
+    assert "--no_such_thing" in capsys.readouterr().err

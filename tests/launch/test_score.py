@@ -1,0 +1,195 @@
+"""python -m pytest tests/launch/test_score.py
+
+Log-probabilities from the command line: of continuations, and of a document with its curve.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import launch.pictures
+from launch.score import main
+from launch.score_plan import RESULT_FIELDS
+from launch.score_result import _some
+from ringstar import LongContext
+from tests.support.models import eager
+
+THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
+ROOT = Path(__file__).parents[2]
+LINES = [
+    {"continuation": " The ship left.", "id": 7},
+    {"continuation": "\n"},
+    {"continuation_ids": [5, 6, 7], "tags": ["a", None]},
+]
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments, status=0):
+        got = main(list(arguments))
+        out, err = capsys.readouterr()
+        assert got == status, err
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(run, monkeypatch):
+    def touched(*_, **__):
+        raise AssertionError("went on after wrong input")
+
+    def refused(*arguments):
+        monkeypatch.setattr("launch.score.make_ranks", touched)
+        monkeypatch.setattr("launch.start.start_ranks", touched)
+        out, err = run(*arguments, status=2)
+        assert not out and len(err.splitlines()) == 1
+        return err.removeprefix("ringstar: ").strip()
+
+    return refused
+
+
+@pytest.fixture
+def runtime(chat):
+    return LongContext.from_pretrained(chat, transport="threads", world_size=3, threads_per_rank=1)
+
+
+@pytest.fixture
+def lines_file(tmp_path):
+    path = tmp_path / "lines, 1.jsonl"
+    path.write_text("\n\n".join(json.dumps(line) for line in LINES))
+    return str(path)
+
+
+def test_a_document_is_scored_by_itself(run, chat, book, tmp_path, runtime):
+    path = tmp_path / "score.json"
+    out, _ = run(f"model.path={chat}", f"document.path={book}", f"output.path={path}", *THREADS)
+    found = json.loads(path.read_text())
+    text = Path(book).read_text()
+    ids = runtime.files.tokenizer.encode(text)
+    with torch.inference_mode():
+        logits = eager(chat)(torch.tensor([ids])).logits[0, :-1].double()
+    want = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+    assert found["token_ids"] == ids[1:]
+    assert torch.tensor(found["logprobs"]).sub(want).abs().max() < 1e-4
+    assert (found["tokens"], found["scored_tokens"]) == (len(ids), len(ids) - 1)
+    assert found["perplexity"] == pytest.approx(math.exp(-float(want.mean())), rel=1e-5)
+    bits = -float(want.sum()) / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
+    assert (len(found["curve"]), found["curve"][-1]["tokens"]) == (32, len(ids) - 1)
+    assert f"perplexity {found['perplexity']:.4f} of {len(ids) - 1:,} tokens" in out
+    assert (found["strategy"], found["layout"], found["world_size"]) == ("ring", "zigzag", 2)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    kept = yaml.safe_load(path.with_suffix(".config.yaml").read_text())
+    assert kept["score"]["pieces"] == 32
+
+
+def test_rows_of_the_table_join_pieces(run):
+    curve = [{"tokens": 3 * n, "perplexity": math.exp(n)} for n in range(1, 18)]
+    rows = _some(curve)
+    assert [row["tokens"] for row in rows] == [9, 18, 27, 36, 45, 51]
+    assert rows[0]["perplexity"] == pytest.approx(math.exp(2))
+
+
+def test_star_says_its_blocks(run, chat, book, tmp_path, runtime):
+    path = tmp_path / "score.json"
+    star = ["strategy=star", "strategy.block_size=100", "strategy.anchor_size=40"]
+    run(f"model.path={chat}", f"document.path={book}", f"output.path={path}", *star, *THREADS)
+    found = json.loads(path.read_text())
+    assert (found["block_size"], found["anchor_size"]) == (100, 40)
+    exact = runtime.score_text(Path(book).read_text())
+    assert found["logprobs"][:100] == pytest.approx(exact.logprobs[:100].tolist(), abs=1e-4)
+    assert abs(found["perplexity"] / exact.perplexity - 1) > 1e-3
+
+
+def test_continuations_follow_the_document(run, chat, book, tmp_path, lines_file, runtime):
+    path = tmp_path / "scores.jsonl"
+    given = [f"model.path={chat}", f"document.path={book}", f"score.path={lines_file}", *THREADS]
+    more = ['score.continuation= "a, b"', "score.continuation= x=1"]
+    out, err = run(*given, *more, f"output.path={path}")
+    assert out == "" and f"5 continuations scored, in {path}" in err
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [{"continuation": ' "a, b"'}, {"continuation": " x=1"}, *LINES]
+    asked = [line.get("continuation") or line["continuation_ids"] for line in lines]
+    scores = runtime.score(Path(book).read_text(), asked)
+    for line, score, got in zip(lines, scores, found, strict=True):
+        assert {key: got[key] for key in line} == line
+        assert list(got)[len(line) :] == list(RESULT_FIELDS)
+        assert got["token_ids"] == score.ids
+        assert got["logprobs"] == pytest.approx(score.logprobs.tolist(), abs=1e-4)
+        assert got["logprob"] == pytest.approx(score.logprob, abs=1e-3)
+    out, _ = run(*given)
+    assert [json.loads(line)["token_ids"] for line in out.splitlines()] == [
+        line["token_ids"] for line in found[2:]
+    ]
+
+
+def test_answers_to_a_question_about_a_saved_document(run, chat, book, tmp_path, runtime):
+    """The greedy answer is what its own score calls greedy."""
+    document = runtime.encode(Path(book).read_text())
+    answer = runtime.ask(document, "Who left?", max_new_tokens=5)
+    saved = tmp_path / "book.kv"
+    runtime.save(document, str(saved))
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text(json.dumps({"continuation_ids": answer.ids}))
+    given = [f"model.path={chat}", f"score.path={ids}", "question=Who left?", *THREADS]
+    for source in (f"document.load={saved}", f"document.path={book}"):
+        out, _ = run(*given, source)
+        found = json.loads(out)
+        assert found["is_greedy"] and found["token_ids"] == answer.ids
+    out, _ = run(*given[:1], f"document.load={saved}", f"score.path={ids}", *THREADS)
+    (score,) = runtime.score(document, [answer.ids])
+    assert json.loads(out)["logprob"] == pytest.approx(score.logprob, abs=1e-3)
+
+
+def test_processes_and_a_pipe(chat, book, tmp_path, runtime):
+    path = tmp_path / "score.json"
+    command = [sys.executable, "-m", "launch.score", "launch.nproc=2", f"model.path={chat}"]
+    command += ["document.path=-", f"output.path={path}", "transport.threads_per_rank=1"]
+    with open(book) as text:
+        done = subprocess.run(command, stdin=text, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("perplexity ")
+    score = runtime.score_text(Path(book).read_text())
+    found = json.loads(path.read_text())
+    assert (found["world_size"], found["transport"]) == (2, "gloo")
+    assert found["perplexity"] == pytest.approx(score.perplexity, rel=1e-5)
+
+
+def test_wrong_input_is_named_before_weights_load(refused, chat, bare, book, ids_file, tmp_path):
+    text, given = f"document.path={book}", [f"model.path={chat}"]
+    assert "exactly one of document.path" in refused(*given)
+    assert refused(*given, text, "question=Who?").startswith("question=Who?: without score.cont")
+    with_query = f"document.ids_path={ids_file([5, 6])}"
+    assert "drop query_ids" in refused(f"model.path={bare}", with_query)
+    assert "2 or more" in refused(f"model.path={bare}", f"document.ids_path={ids_file([5], ())}")
+    bad = tmp_path / "bad.jsonl"
+    for content, why in [
+        ("x", "is not JSON"),
+        ("{}", '{"continuation": "..."}'),
+        ('{"continuation": ""}', "is empty"),
+        ('{"continuation_ids": []}', "is empty"),
+        ('{"continuation_ids": [9999]}', "token ids must be from 0"),
+        ('{"continuation": "a", "logprob": 1}', "rename it"),
+    ]:
+        bad.write_text('\n{"continuation": "a"}\n' + content)
+        line = refused(*given, text, f"score.path={bad}")
+        assert line.startswith(f"score.path={bad}:3: ") and why in line
+    assert "nothing is generated" in refused(*given, text, "generation.seed=1")
+    assert "scored, not kept" in refused(*given, text, "document.save=x")
+    assert "score.pieces" in refused(*given, text, "score.pieces=0")
+    assert "ends in .png" in refused(*given, text, "score.picture=a.jpg")
+
+
+def test_no_matplotlib_and_no_picture_asked_for(run, monkeypatch, tmp_path, chat, book):
+    monkeypatch.setattr(launch.pictures, "can_draw", lambda: False)
+    path = tmp_path / "r.json"
+    _, err = run(f"model.path={chat}", f"document.path={book}", f"output.path={path}", *THREADS)
+    assert "no picture: matplotlib is not installed" in err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["r.config.yaml", "r.json"]
