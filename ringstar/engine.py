@@ -156,7 +156,8 @@ class RankEngine:
         shard.rewind()
         try:
             read = [*before, *ids[:-1]]
-            hidden_TC = self._read([shard], [read], len(ids), again=again)
+            inputs, wanted = self._reading([shard], [read], len(ids), again=again)
+            hidden_TC = self.model.forward(*inputs, logits=None)[wanted]
         finally:
             shard.rewind()
         found = next_token_scores(self.model, hidden_TC, self._tensor(ids))
@@ -179,9 +180,10 @@ class RankEngine:
 
         Float32 logits (texts · last, vocab) at the last tokens of each text, in order.
         """
-        return self.model.head(self._read(shards, new, last, length=length, growing=growing))
+        inputs, wanted = self._reading(shards, new, last, length=length, growing=growing)
+        return self.model.forward(*inputs, logits=wanted)
 
-    def _read(
+    def _reading(
         self,
         shards: Sequence[TextShard],
         new: Sequence[Sequence[int]],
@@ -190,8 +192,8 @@ class RankEngine:
         length: int = 0,
         growing: bool = False,
         again: int = 0,
-    ) -> Tensor:
-        """What the head takes (texts · last, hidden size).
+    ) -> tuple[tuple[Tensor, Tensor, ReplicatedPass], list[int]]:
+        """What the model takes to read so much, and where the last of each text are in that.
 
         The first `again` of `new` are there already: they are read once more, and not kept twice.
         """
@@ -214,7 +216,7 @@ class RankEngine:
         )
         wanted = [index for row in rows for index in range(row.stop - last, row.stop)]
         token_ids = self._tensor([token for ids in new for token in ids])
-        return self.model.hidden(token_ids, positions_T, context)[wanted]
+        return (token_ids, positions_T, context), wanted
 
     def _most_kept(self, query_tokens: int, settings: GenerationConfig) -> int:
         """The most tokens of a question and its answer that one rank may have to keep."""
@@ -251,7 +253,7 @@ class RankEngine:
         )
         token_ids = self._tensor(extension.token_ids(new) or [DUMMY_ID])
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
-        hidden_TC = self.model.hidden(token_ids, positions_T, context)
+        hidden_TC = self.model.forward(token_ids, positions_T, context, logits=None)
         for shard, part in parts:
             shard.cache.forget(part.encoded)
         return hidden_TC
