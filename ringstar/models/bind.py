@@ -74,8 +74,6 @@ class BoundModel:
 
     def head(self, hidden_TC: Tensor) -> Tensor:
         """Float32 logits (T, vocab) of what `forward` gave: by the model's own head and scales."""
-        if not len(hidden_TC):
-            return hidden_TC.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         ids = torch.zeros(1, len(hidden_TC), dtype=torch.int64, device=hidden_TC.device)
         given = hidden_TC.unsqueeze(0)
         return self.whole(input_ids=ids, use_cache=False, ringstar_hidden=given).logits[0].float()
