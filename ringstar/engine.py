@@ -243,7 +243,8 @@ class RankEngine:
         read = [*before, *ids[:-1]]
         self.reserve([shard], len(read), 0, victims)
         try:
-            hidden_TC = self._read([shard], [read], len(ids), again=again)
+            inputs, wanted = self._reading([shard], [read], len(ids), again=again)
+            hidden_TC = self.model.forward(*inputs, logits=None)[wanted]
         finally:
             shard.rewind()
         found = next_token_scores(self.model, hidden_TC, self._tensor(ids))
@@ -266,9 +267,10 @@ class RankEngine:
 
         Float32 logits (texts · last, vocab) at the last tokens of each text, in order.
         """
-        return self.model.head(self._read(shards, new, last, length=length, growing=growing))
+        inputs, wanted = self._reading(shards, new, last, length=length, growing=growing)
+        return self.model.forward(*inputs, logits=wanted)
 
-    def _read(
+    def _reading(
         self,
         shards: Sequence[TextShard],
         new: Sequence[Sequence[int]],
@@ -277,8 +279,8 @@ class RankEngine:
         length: int = 0,
         growing: bool = False,
         again: int = 0,
-    ) -> Tensor:
-        """What the head takes (texts · last, hidden size).
+    ) -> tuple[tuple[Tensor, Tensor, ReplicatedPass], list[int]]:
+        """What the model takes to read so much, and where the last of each text are in that.
 
         The first `again` of `new` are there already: they are read once more, and not kept twice.
         """
@@ -301,7 +303,7 @@ class RankEngine:
         )
         wanted = [index for row in rows for index in range(row.stop - last, row.stop)]
         token_ids = self._tensor([token for ids in new for token in ids])
-        return self.model.hidden(token_ids, positions_T, context)[wanted]
+        return (token_ids, positions_T, context), wanted
 
     def _reserve_more(self, shards: Sequence[TextShard], tokens: int, growing: bool) -> None:
         """A text that grows token by token gets room for many at once, and forgets now and then."""
@@ -339,7 +341,7 @@ class RankEngine:
         )
         token_ids = self._tensor(extension.token_ids(new) or [DUMMY_ID])
         positions_T = torch.cat([positions_T for positions_T, _ in plans])
-        hidden_TC = self.model.hidden(token_ids, positions_T, context)
+        hidden_TC = self.model.forward(token_ids, positions_T, context, logits=None)
         for shard, part in parts:
             shard.cache.forget(part.encoded)
         return hidden_TC

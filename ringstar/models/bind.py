@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -49,20 +49,31 @@ class BoundModel:
     def layers(self) -> int:
         return self.config.num_hidden_layers
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext) -> Tensor:
-        """Run all layers on one rank's tokens; what the head takes (tokens, hidden size)."""
-        decoder = self.model.get_decoder()
-        return decoder(
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        context: ForwardContext,
+        *,
+        logits: Sequence[int] | None,
+    ) -> Tensor:
+        """Run the model on one rank's tokens; float32 logits (len(logits), vocab) after those.
+
+        Without any it stops before the head: what that takes, (T, hidden size).
+        """
+        call = self.model.get_decoder() if logits is None else self.whole
+        keep = {} if logits is None else {"logits_to_keep": ids_T.new_tensor(logits)}
+        output = call(
             input_ids=ids_T.unsqueeze(0),
             position_ids=positions_T.unsqueeze(0),
             use_cache=False,
             ringstar_context=context,
-        ).last_hidden_state[0]
+            **keep,
+        )
+        return output.last_hidden_state[0] if logits is None else output.logits[0].float()
 
     def head(self, hidden_TC: Tensor) -> Tensor:
-        """Float32 logits (T, vocab): the model's own head, and whatever it does to its logits."""
-        if not len(hidden_TC):
-            return hidden_TC.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        """Float32 logits (T, vocab) of what `forward` gave: by the model's own head and scales."""
         ids = torch.zeros(1, len(hidden_TC), dtype=torch.int64, device=hidden_TC.device)
         given = hidden_TC.unsqueeze(0)
         return self.whole(input_ids=ids, use_cache=False, ringstar_hidden=given).logits[0].float()

@@ -20,12 +20,20 @@ class TracedModel(BoundModel):
 
     recorder: Recorder
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, context: ForwardContext) -> Tensor:
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        context: ForwardContext,
+        *,
+        logits: Sequence[int] | None,
+    ) -> Tensor:
         name = f"forward of {len(ids_T)}"
         began = self.recorder.begin(name)
-        hidden_TC = super().hidden(ids_T, positions_T, TracedContext(context, self.recorder))
+        traced = TracedContext(context, self.recorder)
+        made = super().forward(ids_T, positions_T, traced, logits=logits)
         self.recorder.end("forward", name, began, {"tokens": len(ids_T)})
-        return hidden_TC
+        return made
 
     def head(self, hidden_TC: Tensor) -> Tensor:
         began = self.recorder.begin("head")

@@ -60,9 +60,7 @@ def test_the_least_recently_used_makes_room():
     check(ring, folder, one)
     three = ring.encode(third)
     within(ring)
-    with pytest.raises(
-        UserError, match=r"^document=100 tokens: made room for others, .*: encode it"
-    ):
+    with pytest.raises(UserError, match=r"^document=100 tokens: made room for others, "):
         ring.ask(two, QUESTION)
     for document in (one, three):
         check(ring, folder, document)
