@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.options import ASK, COMPARE, GENERATE, Command, every_option, group_options
+from launch.options import ASK, COMPARE, EVALUATE, GENERATE, Command, every_option, group_options
 
 _MEANING = {
     "strategy": "how the document is encoded: ring (exact), star (approximate), dense (one rank)",
@@ -60,6 +60,16 @@ _MEANING = {
     "compare.needles": "facts planted in a copy of the document; unset: 5, if it can be; 0: none",
     "compare.needle_trials": "how often, with other facts; each is an encode more for each setting",
     "compare.picture": "PNG; unset: beside output.path if that is given",
+    "evaluate.tasks": "names or patterns, as niah_*,vt; see above",
+    "evaluate.lengths": "tokens of prompt and answer together, as 1K,4K,7K",
+    "evaluate.star": 'a setting, as "block_size=1/4 anchor_size=256"; may be given several times',
+    "evaluate.samples": "of each task at each length",
+    "evaluate.seed": "the same seed makes the same samples",
+    "evaluate.depths": "even depths of needle_by_depth, from 0 to 100%",
+    "evaluate.depth_samples": "of each depth at each length; unset: as evaluate.samples",
+    "evaluate.essay_path": "a long UTF-8 text for needles; unset: Python's documentation",
+    "evaluate.qa_path": "JSON lines of paragraphs with questions; unset: invented ones",
+    "evaluate.picture": "PNG; unset: beside output.path if that is given",
 }
 _MEANING_OF = {
     ASK.root: {
@@ -71,6 +81,9 @@ _MEANING_OF = {
         "question_path": "a text file with one more question",
         "generation.max_new_tokens": "the longest answer, also about a planted fact",
         "output.path": "JSON of everything; the resolved config and the picture go beside it",
+    },
+    EVALUATE.root: {
+        "output.path": "NAME.json; samples go to NAME.samples.jsonl, and a stopped run goes on",
     },
 }
 _INTERNAL = {"launch.report"}

@@ -27,6 +27,7 @@ GROUPS = ("strategy", "transport", "kernel", "model", "experiment")
 _TEXT_KEYS = {
     *("question", "document.text", "generation.stop", "model.cache_dir", "launch.report"),
     *("compare.star", "compare.picture"),
+    *("evaluate.tasks", "evaluate.lengths", "evaluate.star", "evaluate.picture"),
 }
 _PATH_ENDS = ("_path", ".path", ".first_logits", ".save", ".load")
 
@@ -77,6 +78,21 @@ COMPARE = Command(
         "document.save": "its documents are compared, not kept; drop it",
     },
 )
+_OF_TASKS = "tasks make documents and questions, and say how long answers are; drop it"
+EVALUATE = Command(
+    "evaluate",
+    GROUPS[1:],
+    frozenset({"evaluate.star"}),
+    {
+        "strategy": "exact is ring, or dense on one rank; settings of star are written"
+        ' evaluate.star="block_size=1/4 anchor_size=256"',
+        "document": _OF_TASKS,
+        "question": _OF_TASKS,
+        "question_path": _OF_TASKS,
+        "generation": _OF_TASKS,
+        "output.first_logits": "answers are scored, logits are not written; drop it",
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +124,13 @@ def parse_questions(arguments: Sequence[str]) -> schema.AskConfig:
     """Compose and check the config of `launch.ask`; raises UserError."""
     config = _parse(arguments, ASK)
     assert isinstance(config, schema.AskConfig)
+    return config
+
+
+def parse_evaluation(arguments: Sequence[str]) -> schema.EvaluationConfig:
+    """Compose and check the config of `launch.evaluate`; raises UserError."""
+    config = _parse(arguments, EVALUATE)
+    assert isinstance(config, schema.EvaluationConfig)
     return config
 
 
@@ -172,6 +195,7 @@ def _register_schemas() -> None:
     store.store(group="schema", name="config", node=schema.Config(strategy=MISSING))
     store.store(group="schema", name="ask", node=schema.AskConfig(strategy=MISSING))
     store.store(group="schema", name="compare", node=schema.ComparisonConfig)
+    store.store(group="schema", name="evaluate", node=schema.EvaluationConfig)
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)
     store.store(group="schema/strategy", name="star", node=schema.StarConfig)
