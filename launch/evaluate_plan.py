@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import filter as matching
 from functools import partial
@@ -25,6 +26,7 @@ from ringstar.evaluation import (
     Sample,
     Task,
     TooShort,
+    check_packages,
     default_essay,
     essay_of,
     even_depths,
@@ -76,7 +78,7 @@ class Plan:
         try:
             return make_sample(*made)
         except TooShort as error:
-            why = f"{task.name} needs at least {error.least} tokens with this tokenizer"
+            why = f"{task.name} needs some {error.least} tokens with this tokenizer"
             raise UserError("evaluate.lengths", length, why) from error
         except NoSample as error:
             why = f"{error} ({task.name}); name other tasks in evaluate.tasks"
@@ -87,10 +89,14 @@ def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
     """Read and check the whole input; raises UserError."""
     if files.tokenizer is None:
         raise UserError("model.path", files.folder, "has no tokenizer, and tasks are texts")
+    check_packages()
     given = config.evaluate
     world = config.launch.nproc or world_size_of(config.transport)
     every, why = contenders(given.star, world)
     lengths, tasks = read_lengths(given.lengths), read_tasks(given.tasks)
+    for length in lengths:  # before texts of that length are made
+        with _blamed_on(length):
+            check_fits(replace(config, strategy=every[0].strategy(length)), files, world, length)
     cells = [
         Cell(task, length, depth)
         for length in lengths
@@ -166,13 +172,22 @@ def _check_cell(
     """Raise UserError for a cell whose first sample the model or a contender cannot take."""
     sample = plan.sample(cell, 0)
     context, query = map(len, prompt_ids(files, sample.prompt))
+    sizes = (context, query, sample.new_tokens)
     for contender in plan.contenders:
-        strategy = contender.strategy(context)
-        try:
-            sizes = (context, query, sample.new_tokens)
+        with _blamed_on(cell.length, contender.given):
+            strategy = contender.strategy(context)
             check_fits(replace(config, strategy=strategy), files, world, *sizes)
-        except UserError as error:
-            if contender.exact is None and not error.key.startswith("document"):
-                why = str(error).replace("strategy.", "")
-                raise UserError(KEY, contender.given, f"at {cell.length} tokens: {why}") from error
-            raise UserError("evaluate.lengths", cell.length, str(error)) from error
+
+
+@contextmanager
+def _blamed_on(length: int, star: str = "") -> Iterator[None]:
+    """What does not fit is said of the length, or of the setting of star that it does not fit."""
+    try:
+        yield
+    except UserError as error:
+        if star and error.key == KEY:
+            raise UserError(KEY, star, f"at {length} tokens: {error.allowed}") from error
+        if star and error.key.startswith("strategy"):
+            why = str(error).replace("strategy.", "")
+            raise UserError(KEY, star, f"at {length} tokens: {why}") from error
+        raise UserError("evaluate.lengths", length, str(error)) from error

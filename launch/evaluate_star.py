@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from launch.compare_star import blamed, exact_setting, parse_star
+from launch.compare_star import exact_setting, parse_star
 from ringstar.config import StarConfig, StrategyConfig
 from ringstar.errors import UserError
 
@@ -15,6 +15,7 @@ EXACT = "exact"
 DEFAULT = ("block_size=1/4", "block_size=1/8")
 _NAMES = {"half": "1/2", "quarter": "1/4", "eighth": "1/8", "sixteenth": "1/16"}
 _SIZES = ("block_size", "anchor_size")
+_OTHERS = [field.name for field in fields(StarConfig) if field.name not in ("name", *_SIZES)]
 _SHARE = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})")
 
 
@@ -31,8 +32,10 @@ class Contender:
         if self.exact is not None:
             return self.exact
         words = [_sized(self.given, word, tokens) for word in self.given.split()]
-        with blamed(self.given, KEY):
+        try:
             return parse_star(" ".join(words), KEY)
+        except UserError as error:  # as it was written, not as it was sized
+            raise UserError(KEY, self.given, error.allowed) from error
 
 
 def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:
@@ -49,22 +52,22 @@ def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:
 
 
 def _label(text: str) -> str:
-    """Of a setting whose every word is right; sizes as they were written."""
-    star = Contender("", text).strategy(1 << 20)
-    assert isinstance(star, StarConfig)
-    if star.block_size is None:
-        raise UserError(KEY, text, "block_size is needed: tokens, or a share as 1/4 or quarter")
+    """Sizes as they were written, and what is not as usual; UserError for what none can mean."""
+    # whether sizes fit each other depends on the document, if one is a share of it
+    others = [word for word in text.split() if _sized(text, word, 1) == word]
+    star = parse_star(" ".join(others), KEY) if others or not text.split() else StarConfig()
     written = dict(word.partition("=")[::2] for word in text.split())
     sizes = {name: _NAMES.get(size, size) for name, size in written.items() if name in _SIZES}
+    if "block_size" not in sizes:
+        raise UserError(KEY, text, "block_size is needed: tokens, or a share as 1/4 or quarter")
     anchor = sizes.get("anchor_size", "null")
     parts = [f"star {sizes['block_size']}"]
     if anchor != "null":
         parts.append("no anchor" if anchor == "0" else f"anchor {anchor}")
     usual = StarConfig()
-    others = [field.name for field in fields(StarConfig) if field.name not in ("name", *_SIZES)]
     parts += [
         f"{name.removeprefix('anchor_')} {getattr(star, name)}"
-        for name in others
+        for name in _OTHERS
         if getattr(star, name) != getattr(usual, name)
     ]
     return ", ".join(parts)

@@ -6,6 +6,7 @@ Pure: text in, text out.  A tokenizer comes as a function that counts tokens.
 from ringstar.evaluation.haystacks import Essay, default_essay, essay_of
 from ringstar.evaluation.invented import invented_questions
 from ringstar.evaluation.material import Material
+from ringstar.evaluation.packages import check_packages
 from ringstar.evaluation.questions import FORM as QUESTIONS_FORM
 from ringstar.evaluation.questions import QuestionSet, read_questions
 from ringstar.evaluation.samples import CountTokens, Prompt, Sample
@@ -37,6 +38,7 @@ __all__ = [
     "Sample",
     "Task",
     "TooShort",
+    "check_packages",
     "default_essay",
     "essay_of",
     "even_depths",

@@ -13,7 +13,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])")
 # a sentence of prose: a capital, words, and no more marks than people write
 _PROSE = re.compile(r"""[A-Z][A-Za-z ,;:'"()\-]{30,400}[.!?]""")
 
@@ -62,7 +62,7 @@ class Essay:
 def essay_of(text: str, source: str) -> Essay:
     """The sentences of a text; white space of any kind and length is one space."""
     sentences = _SENTENCE_END.split(" ".join(text.split()))
-    return Essay(tuple(sentences), source, sha256(text.encode()).hexdigest())
+    return Essay(tuple(filter(None, sentences)), source, sha256(text.encode()).hexdigest())
 
 
 def default_essay() -> Essay:

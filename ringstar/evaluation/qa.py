@@ -27,17 +27,18 @@ class QuestionAnswering:
         """A draft of each question, in random order: gold paragraphs can be too long."""
         items = material.questions.of_hops(self.several)
         for item in seeded(name).sample(items, len(items)):
-            yield _draft(name, item, material)
+            others = [text for text in material.questions.paragraphs if text not in item.paragraphs]
+            if others:
+                yield _draft(name, item, others)
 
 
-def _draft(name: str, item: Item, material: Material) -> Draft:
-    others = [text for text in material.questions.paragraphs if text not in item.paragraphs]
+def _draft(name: str, item: Item, others: list[str]) -> Draft:
     draw = seeded(f"{name}/distractors")
     others = draw.sample(others, len(others))
 
     def build(units: int, tail: str) -> Prompt:
         # of a small set each comes again and again
-        distractors = [others[number % len(others)] for number in range(units if others else 0)]
+        distractors = [others[number % len(others)] for number in range(units)]
         texts = [*item.paragraphs, *distractors, *([tail] if tail else [])]
         seeded(f"{name}/order/{len(texts)}").shuffle(texts)
         listed = "\n\n".join(f"Document {n}:\n{text}" for n, text in enumerate(texts, 1))

@@ -1,14 +1,15 @@
-"""Haystacks that fill a budget of tokens: whole units by binary search, then a piece of one."""
+"""Haystacks that fill a budget of tokens: whole units, then a piece of one more."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 
 from ringstar.evaluation.samples import CountTokens, Draft, Prompt
 
 # a cut in the middle of a word is made only where the budget asks for it
-SLACK = 0.01
+_LEFT_FREE = 0.005
+# counts grow about evenly, so that a straight line finds the place; if not, halves do
+_MOST_GUESSES = 12
 
 
 class TooShort(ValueError):
@@ -31,21 +32,21 @@ def fill(draft: Draft, budget: int, count: CountTokens) -> tuple[Prompt, int]:
     least = whole(0)
     if least > budget:
         raise TooShort(least)
-    units = _most(whole, budget)
+    units = _most_units(whole, budget, least)
     prompt = draft.build(units, _cut(draft, units, budget, count))
     return prompt, count(prompt)
 
 
-def _most(tokens: Callable[[int], int], budget: int) -> int:
-    """The most units that fit, looked for among few more than that."""
-    high = 1
-    while tokens(high) <= budget:
-        high *= 2
-    low = high // 2
-    units = low + bisect_right(range(low, high), budget, key=tokens) - 1
-    while units > 0 and tokens(units) > budget:
-        units -= 1
-    return max(units, 0)
+def _most_units(tokens: Callable[[int], int], budget: int, least: int) -> int:
+    """As many as fit; the row of units has no end."""
+    low, below = 0, least
+    high, above = 1, tokens(1)
+    while above <= budget:
+        low, below = high, above
+        near = low + int(1.05 * (budget - below) * low / max(1, below - least)) + 1
+        high = min(8 * low, near)
+        above = tokens(high)
+    return _last_that_fits(tokens, budget, (low, below), (high, above))
 
 
 def _cut(draft: Draft, units: int, budget: int, count: CountTokens) -> str:
@@ -55,10 +56,28 @@ def _cut(draft: Draft, units: int, budget: int, count: CountTokens) -> str:
     def tokens(characters: int) -> int:
         return count(draft.build(units, text[:characters]))
 
-    characters = max(0, bisect_right(range(len(text) + 1), budget, key=tokens) - 1)
-    while characters and tokens(characters) > budget:
-        characters -= 1
+    every = tokens(len(text))
+    if every <= budget:
+        return text
+    characters = _last_that_fits(tokens, budget, (0, tokens(0)), (len(text), every))
     words = text[:characters].rpartition(" ")[0]
-    near = count(draft.build(units, words))
-    enough = near <= budget and (near >= budget * (1 - SLACK / 2) or characters == len(words))
+    enough = budget * (1 - _LEFT_FREE) <= tokens(len(words)) <= budget
     return words if enough else text[:characters]
+
+
+def _last_that_fits(
+    tokens: Callable[[int], int], budget: int, fits: tuple[int, int], over: tuple[int, int]
+) -> int:
+    """A number whose tokens fit and the next one's do not; each end is a number and its tokens."""
+    (low, below), (high, above) = fits, over
+    guesses = 0
+    while high - low > 1:
+        on_line = low + (budget - below) * (high - low) // max(1, above - below)
+        middle = on_line if guesses < _MOST_GUESSES else (low + high) // 2
+        middle = min(max(middle, low + 1), high - 1)
+        found, guesses = tokens(middle), guesses + 1
+        if found <= budget:
+            low, below = middle, found
+        else:
+            high, above = middle, found
+    return low

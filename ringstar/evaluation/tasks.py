@@ -77,7 +77,8 @@ def make_sample(
     Needles at different depths are the same needle in the same text.
 
     Raises:
-        TooShort: what the task needs at least is longer; its `least` counts the answer too.
+        TooShort: what the task needs at least is longer; its `least` counts the answer too,
+            and is another one where the words are others.
         NoSample: the material has no question of this kind.
     """
     name, least = f"{seed}/{task.name}/{length}/{number}", []

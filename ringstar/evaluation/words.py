@@ -6,10 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from random import Random
-
-from ringstar.errors import UserError
 
 PACKAGE = "wonderwords"
 
@@ -40,10 +37,7 @@ class Words:
 
 
 def read_words() -> Words:
-    """The package's lists without what is rude or no single word; UserError if it is missing."""
-    if find_spec(PACKAGE) is None:
-        why = f"{PACKAGE} is not installed: pip install 'ringstar[evaluate]'"
-        raise UserError("evaluate.tasks", None, why)
+    """The package's lists without what is rude or no single word."""
     from wonderwords import RandomWord, filter_profanity
 
     package = RandomWord()
