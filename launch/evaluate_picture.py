@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,11 +50,19 @@ def _draw_panel(
 ) -> Any:
     """Scores as colours and figures; in words where exact scores nothing either."""
     scores = {(name_of(row), row.length): row for row in rows}
-    grid = [[100 * scores[name, length].mean for length in lengths] for name in names]
+    grid = [
+        [
+            100 * scores[at].mean if (at := (name, length)) in scores else math.nan
+            for length in lengths
+        ]
+        for name in names
+    ]
     mesh = axis.pcolormesh(grid, cmap="viridis", vmin=0, vmax=100, edgecolors="white", linewidth=2)
     for y, name in enumerate(names):
         for x, length in enumerate(lengths):
-            row = scores[name, length]
+            row = scores.get((name, length))
+            if row is None:  # no sample yet
+                continue
             dark = row.mean < 0.6
             text = f"{100 * row.mean:.0f}" if row.can else "cannot"
             axis.text(

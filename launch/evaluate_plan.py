@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.evaluate_prompt import prompt_ids, token_counter
 from launch.evaluate_star import KEY, Contender, contenders
 from launch.inputs import read_text
-from ringstar.config import EvaluateConfig, EvaluationConfig
+from ringstar.config import EvaluateConfig, EvaluationConfig, token_size
 from ringstar.errors import UserError
 from ringstar.evaluation import (
     BY_DEPTH,
@@ -37,7 +37,6 @@ from ringstar.evaluation import (
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
 from ringstar.runtime import check_fits
-from starattn import token_size
 
 
 @dataclass(frozen=True, slots=True)

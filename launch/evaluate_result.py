@@ -41,17 +41,25 @@ class CellResult:
 
 
 def results(plan: Plan, lines: Sequence[Scored]) -> list[CellResult]:
-    """Every cell and contender of the plan, in its order; samples beyond the plan do not count."""
+    """Every cell and contender of the plan, in its order, by the samples that all contenders had.
+
+    Samples beyond the plan do not count; a cell without any is left out.
+    """
     by_key = {line.key: line for line in lines}
     return [found for cell in plan.cells for found in _cell_results(plan, cell, by_key)]
 
 
 def _cell_results(plan: Plan, cell: Cell, by_key: dict[Any, Scored]) -> Iterator[CellResult]:
     key = cell.task.name, cell.length, cell.depth
-    rows = {
-        contender.label: [by_key[*key, number, contender.label] for number in plan.numbers(cell)]
-        for contender in plan.contenders
-    }
+    labels = [contender.label for contender in plan.contenders]
+    numbers = [
+        number
+        for number in plan.numbers(cell)
+        if all((*key, number, label) in by_key for label in labels)
+    ]
+    if not numbers:
+        return
+    rows = {label: [by_key[*key, number, label] for number in numbers] for label in labels}
     exact = [line.score for line in rows[EXACT]]
     for label, own in rows.items():
         scores = [line.score for line in own]

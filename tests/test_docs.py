@@ -21,11 +21,13 @@ from launch import faults, generate
 from launch.options import (
     ASK,
     COMPARE,
+    EVALUATE,
     GENERATE,
     GROUPS,
     every_option,
     parse,
     parse_comparison,
+    parse_evaluation,
     parse_questions,
 )
 from ringattn import Costs, ExtendPlan
@@ -49,6 +51,7 @@ COMMANDS = [
 PARSERS = {
     "launch.ask": (ASK, parse_questions),
     "launch.compare": (COMPARE, parse_comparison),
+    "launch.evaluate": (EVALUATE, parse_evaluation),
 }
 BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
@@ -85,7 +88,8 @@ def test_commands_name_what_exists(page, line):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page):
-    known = {*every_option(), *every_option(ASK), *every_option(COMPARE), *GROUPS}
+    commands = (GENERATE, ASK, COMPARE, EVALUATE)
+    known = {*GROUPS, *(key for command in commands for key in every_option(command))}
     # a comparison's JSON has a list of that name too
     sections = "|".join({key.partition(".")[0] for key in known if "." in key} - {"questions"})
     for key in re.findall(rf"`((?:{sections})\.\w+)(?:=[^`]*)?`", page.read_text()):

@@ -40,7 +40,7 @@ PAGE = ROOT / "docs/evaluate.md"
 THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
 GIVEN = [
     "evaluate.tasks=qa_1,needle_by_depth",
-    "evaluate.lengths=800,1100",
+    "evaluate.lengths=800",
     "evaluate.samples=2",
     "evaluate.depths=2",
     "evaluate.depth_samples=1",
@@ -90,13 +90,8 @@ def test_what_is_written(path):
 
 def test_every_sample_is_there_for_every_setting(path):
     lines = scored(path)
-    want = {("qa_1", n, None, i, s) for n in (800, 1100) for i in (0, 1) for s in LABELS}
-    want |= {
-        ("needle_by_depth", n, depth, 0, s)
-        for n in (800, 1100)
-        for depth in (0.0, 1.0)
-        for s in LABELS
-    }
+    want = {("qa_1", 800, None, i, s) for i in (0, 1) for s in LABELS}
+    want |= {("needle_by_depth", 800, depth, 0, s) for depth in (0.0, 1.0) for s in LABELS}
     assert len(lines) == len(want)
     assert {line.key for line in lines} == want
     assert [line.index for line in lines] == sorted(line.index for line in lines)
@@ -133,7 +128,7 @@ def test_every_field_is_described(path):
 
 def test_the_result_is_that_of_the_samples(path):
     result, lines = json.loads(path.read_text()), scored(path)
-    assert (len(result["cells"]), result["model"]) == (2 * 3 * 3, Path(chat_folder()).name)
+    assert (len(result["cells"]), result["model"]) == (3 * 3, Path(chat_folder()).name)
     for cell in result["cells"]:
         own = [x for x in lines if all(cell[k] == getattr(x, k) for k in ("task", "length"))]
         own = [x for x in own if (x.depth, x.strategy) == (cell["depth"], cell["strategy"])]
@@ -141,7 +136,7 @@ def test_the_result_is_that_of_the_samples(path):
         assert cell["mean"] == sum(line.score for line in own) / len(own)
         assert [cell["low"], cell["high"]] == pytest.approx(wilson(cell["mean"], len(own)))
     assert {(m["length"], m["strategy"], m["tasks"]) for m in result["means"]} == {
-        (n, s, 1) for n in (800, 1100) for s in LABELS
+        (800, s, 1) for s in LABELS
     }
     assert set(result["sources"]) == {"essay", "questions", "words"}
 
@@ -153,12 +148,12 @@ def test_a_run_that_was_stopped_goes_on(path, tmp_path, run, monkeypatch):
     """What is there stays to the byte, half a line is dropped, and the scores are the same."""
     again = tmp_path / "a.json"
     lines = samples_path(str(path)).read_text().splitlines(keepends=True)
-    kept = "".join(lines[:17])
-    samples_path(str(again)).write_text(kept + lines[17][:40])
+    kept = "".join(lines[:8])
+    samples_path(str(again)).write_text(kept + lines[8][:40])
     (tmp_path / "a.config.yaml").write_text(path.with_suffix(".config.yaml").read_text())
     given = [model(), *GIVEN, f"output.path={again}"]
     _, err = run(*given)  # and on one rank
-    assert f"{len(lines)} samples over 3 settings, 17 of them done" in err
+    assert f"{len(lines)} samples over 3 settings, 8 of them done" in err
     assert samples_path(str(again)).read_text().startswith(kept)
     before, after = scored(path), scored(again)
     assert [(x.key, x.score, x.answer) for x in before] == [
@@ -224,7 +219,7 @@ def test_another_file_is_not_taken_for_samples(tmp_path, run, line):
 def test_a_killed_run_of_real_ranks_goes_on(tmp_path, run):
     """Killed after a few samples; another number of ranks does the rest."""
     path = tmp_path / "k.json"
-    given = [model(), "evaluate.tasks=qa_*", "evaluate.lengths=600", f"output.path={path}"]
+    given = [model(), "evaluate.tasks=qa_*", "evaluate.lengths=1200", f"output.path={path}"]
     command = [sys.executable, "-m", "launch.evaluate", "launch.nproc=2", *given]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     killed = subprocess.Popen(

@@ -14,12 +14,14 @@ from launch.options import (
     ASK,
     COMPARE,
     CONFIG_DIR,
+    EVALUATE,
     GENERATE,
     GROUPS,
     every_option,
     group_options,
     parse,
     parse_comparison,
+    parse_evaluation,
 )
 from launch.outputs import resolved_config
 from ringstar.config import Config
@@ -84,6 +86,24 @@ COMPARE_OPTIONS = sorted(
         "compare.probe_tokens",
         "compare.probes",
         "compare.star",
+    }
+)
+
+# launch.evaluate: neither document nor question, and answers are greedy
+_MADE_BY_TASKS = ("strategy.", "document.", "generation.", "question")
+EVALUATE_OPTIONS = sorted(
+    {key for key in OPTIONS if not key.startswith(_MADE_BY_TASKS)} - {"output.first_logits"}
+    | {
+        "evaluate.depth_samples",
+        "evaluate.depths",
+        "evaluate.essay_path",
+        "evaluate.lengths",
+        "evaluate.picture",
+        "evaluate.qa_path",
+        "evaluate.samples",
+        "evaluate.seed",
+        "evaluate.star",
+        "evaluate.tasks",
     }
 )
 
@@ -171,6 +191,11 @@ def test_every_option_of_ask_is_still_there():
     assert ASK.groups == GROUPS
 
 
+def test_every_option_of_evaluate_is_still_there():
+    assert sorted(every_option(EVALUATE)) == EVALUATE_OPTIONS
+    assert EVALUATE.groups == COMPARE.groups
+
+
 def test_every_choice_is_still_there():
     assert {group: group_options(group) for group in GROUPS} == CHOICES
 
@@ -205,7 +230,13 @@ def test_experiments_hold_deltas_only():
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [(GENERATE, OPTIONS), (ASK, ASK_OPTIONS), (COMPARE, COMPARE_OPTIONS)]
+    ("command", "options"),
+    [
+        (GENERATE, OPTIONS),
+        (ASK, ASK_OPTIONS),
+        (COMPARE, COMPARE_OPTIONS),
+        (EVALUATE, EVALUATE_OPTIONS),
+    ],
 )
 def test_every_option_has_a_help_line(command, options):
     lines = help_text("", command).splitlines()
@@ -242,6 +273,15 @@ def test_texts_of_a_comparison_are_literal_and_may_be_repeated(text):
         assert value_of(config, key) == [text, "b", text]
     config = parse_comparison([f"compare.picture={text}", f"output.path={text}"])
     assert (config.compare.picture, config.output.path) == (text, text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_an_evaluation_are_literal(text):
+    keys = ["tasks", "lengths", "essay_path", "qa_path", "picture"]
+    config = parse_evaluation([f"evaluate.{key}={text}" for key in keys])
+    assert [getattr(config.evaluate, key) for key in keys] == [text] * 5
+    config = parse_evaluation([f"evaluate.star={part}" for part in (text, "b", text)])
+    assert config.evaluate.star == [text, "b", text]
 
 
 def test_values_that_are_no_text_are_typed():
