@@ -58,7 +58,7 @@ def _label(text: str) -> str:
     star = parse_star(" ".join(others), KEY) if others or not text.split() else StarConfig()
     written = dict(word.partition("=")[::2] for word in text.split())
     sizes = {name: _NAMES.get(size, size) for name, size in written.items() if name in _SIZES}
-    if "block_size" not in sizes:
+    if sizes.get("block_size", "null") == "null":
         raise UserError(KEY, text, "block_size is needed: tokens, or a share as 1/4 or quarter")
     anchor = sizes.get("anchor_size", "null")
     parts = [f"star {sizes['block_size']}"]

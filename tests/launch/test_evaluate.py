@@ -25,8 +25,7 @@ from launch.evaluate_result import CANNOT, results
 from launch.evaluate_star import contenders
 from launch.evaluate_tables import tables
 from launch.options import parse_evaluation
-from ringstar.config import DenseConfig, ModelConfig, RingConfig
-from ringstar.errors import UserError
+from ringstar.config import DenseConfig, RingConfig
 from ringstar.evaluation import RULER, TASKS, paired_p, retention, wilson
 from ringstar.models import ModelFiles, find_model
 from tests.support.chat import chat_folder
@@ -356,6 +355,7 @@ def test_lengths_and_tasks():
         (["evaluate.star=block_size=5/4"], "evaluate.star=block_size=5/4: block_size=5/4: allowed"),
         (["evaluate.star=block_size=0/4"], "a share up to 1, as 1/4"),
         (["evaluate.star=anchor_size=4"], "block_size is needed"),
+        (["evaluate.star=block_size=null"], "block_size is needed"),
         (["evaluate.star=block_size=1/4 size=3"], "size=3: allowed: FIELD=VALUE"),
         (["evaluate.star=block_size=1/8 anchor_size=1/4"], "at 1200 tokens: anchor_size="),
         (
@@ -420,5 +420,5 @@ def test_pictures_need_a_place(tmp_path):
     config = parse_evaluation([model(), f"output.path={tmp_path}/x.json"])
     assert picture_path(config) == tmp_path / "x.png"
     assert picture_path(parse_evaluation([model()])) is None
-    with pytest.raises(UserError):
-        ModelConfig() and read_tasks("none")
+    config = parse_evaluation([model(), f"evaluate.picture={tmp_path}/y.png"])
+    assert picture_path(config) == tmp_path / "y.png"
