@@ -109,7 +109,7 @@ def document(plan: Plan, found: Sequence[CellResult], where: dict[str, Any]) -> 
         parts += [f"## {length:,} tokens", table(plan, rows)]
     failed = [f"{row.task} at {row.length:,}" for row in cannot(found)]
     if failed:
-        parts.append(f"The model cannot do, exactly either: {', '.join(failed)}.")
+        parts.append(f"Exact scores next to nothing, the model cannot do: {', '.join(failed)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -131,7 +131,7 @@ def table(plan: Plan, rows: Sequence[CellResult]) -> str:
 def _cells(row: CellResult) -> list[str]:
     score = f"{row.mean:.0%} ({row.low:.0%} to {row.high:.0%})"
     if row.retention is None or not row.can:
-        return [score] if row.worse is None else [score, "cannot do it", ""]
+        return [score] if row.worse is None else [score, "exact near 0", ""]
     high = "" if row.retention_high is None else f"{row.retention_high:.0%}"
     return [score, f"{row.retention:.0%} ({row.retention_low:.0%} to {high})", f"{row.p:.2g}"]
 

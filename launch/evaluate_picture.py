@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.evaluate_plan import Plan
 from launch.evaluate_result import CellResult
+from launch.evaluate_star import EXACT
 from launch.evaluate_tables import name_of
 
 
@@ -48,7 +49,7 @@ def draw(plan: Plan, rows: Sequence[CellResult], title: str) -> bytes:
 def _draw_panel(
     axis: Any, rows: Sequence[CellResult], names: Sequence[str], lengths: Sequence[int]
 ) -> Any:
-    """Scores as colours and figures; in words where exact scores nothing either."""
+    """Scores as colours and figures; a word where exact scores next to nothing."""
     scores = {(name_of(row), row.length): row for row in rows}
     grid = [
         [
@@ -64,7 +65,7 @@ def _draw_panel(
             if row is None:  # no sample yet
                 continue
             dark = row.mean < 0.6
-            text = f"{100 * row.mean:.0f}" if row.can else "cannot"
+            text = f"{100 * row.mean:.0f}" if row.can or row.strategy != EXACT else "cannot"
             axis.text(
                 x + 0.5,
                 y + 0.5,

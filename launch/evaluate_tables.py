@@ -71,7 +71,7 @@ def _cells(row: CellResult) -> Iterator[str]:
     if row.strategy == EXACT:
         return
     if not row.can:
-        yield from ("cannot do it", "")
+        yield from ("exact near 0", "")
     else:
         low, high = _percent(row.retention_low), _percent(row.retention_high)
         yield f"{_percent(row.retention)} ({low}-{high})"
@@ -87,7 +87,10 @@ def _said(plan: Plan, found: Sequence[CellResult]) -> Iterator[str]:
     failed = cannot(found)
     if failed:
         where = ", ".join(f"{name_of(row)} at {row.length:,}" for row in failed)
-        yield f"The model cannot do these, exactly either (below {CANNOT:.0%}): {where}."
+        yield (
+            f"Exact scores below {CANNOT:.0%} in these samples: the model cannot do the task, and"
+            f" what star keeps of it cannot be told: {where}."
+        )
     yield (
         "In parentheses 95% intervals (Wilson's; of shares MOVER-R). p: paired with exact on the"
         " same samples, for each row alone; of many rows some fall below 0.05 by chance."
