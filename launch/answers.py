@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
 from launch.inputs import is_ids
+from launch.lines import LineLog, line_of, whole_lines
 from launch.outputs import config_path, resolved_config, write_file
 from launch.questions import RESULT_FIELDS, Question
 from ringstar.answers import Answer
@@ -28,7 +28,7 @@ def answered(config: AskConfig, questions: Sequence[Question]) -> list[list[int]
     path = config.output.path
     if path is None or not Path(path).expanduser().exists():
         return []
-    lines = _whole_lines(Path(path).expanduser())
+    lines = whole_lines(Path(path).expanduser())
     for number, (text, question) in enumerate(zip(lines, questions, strict=False), 1):
         if not _answers(text, question):
             why = (
@@ -41,12 +41,6 @@ def answered(config: AskConfig, questions: Sequence[Question]) -> list[list[int]
     if lines:
         _check_config(config, path)
     return [json.loads(text)["answer_ids"] for text in lines]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """A run that was killed may have left half a line."""
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return whole.decode("utf-8", "replace").splitlines() if whole else []
 
 
 def _answers(text: str, question: Question) -> bool:
@@ -79,25 +73,19 @@ class AnswerLog:
     """Where answers go: `output.path`, or standard output; rank 0 has one."""
 
     def __init__(self, config: AskConfig, done: int = 0):
-        self._file: BinaryIO | None = None
+        self._file: LineLog | None = None
         path = config.output.path
         if path is None:
             return
-        target = Path(path).expanduser()
-        kept = "".join(f"{line}\n" for line in _whole_lines(target)) if target.exists() else ""
         write_file("output.path", config_path(path), resolved_config(config))
-        self._file = target.open("ab")
-        self._file.truncate(len(kept.encode()))
+        self._file = LineLog(path)
 
     def add(self, line: dict[str, Any], answer: Answer) -> None:
         """One more answer, on the disk when this returns."""
         fields = {name: getattr(answer, name, None) for name in RESULT_FIELDS}
         fields |= {"answer": answer.text, "answer_ids": answer.ids}
-        text = json.dumps({**line, **fields}, ensure_ascii=False) + "\n"
-        if self._file is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        if self._file is not None:
+            self._file.add({**line, **fields})
             return
-        self._file.write(text.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sys.stdout.write(line_of({**line, **fields}))
+        sys.stdout.flush()

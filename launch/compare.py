@@ -42,7 +42,7 @@ import torch
 from launch.compare_measure import Measured, Measurement
 from launch.compare_picture import draw
 from launch.compare_plan import Plan, make_plan
-from launch.compare_progress import work_bar
+from launch.compare_progress import work_of
 from launch.compare_result import result_of
 from launch.compare_tables import tables
 from launch.faults import DONE, leave
@@ -51,6 +51,7 @@ from launch.help import help_text
 from launch.options import COMPARE, parse_comparison
 from launch.outputs import check_writable, config_path, resolved_config, write_file
 from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
+from launch.progress import work_bar
 from launch.start import RankCommand
 from launch.weights import check_weights
 from ringstar.config import ComparisonConfig
@@ -92,7 +93,8 @@ def run_rank(config: ComparisonConfig, phases: Any) -> None:
     runtime = LongContext(config, files, ranks, why)
     if runtime.rank == 0:
         _say_plan(config, plan)
-    with work_bar(plan, config, shown=runtime.rank == 0) as bar:
+    work = work_of(plan, config.generation.max_new_tokens)
+    with work_bar("compare", work, shown=runtime.rank == 0) as bar:
         found = Measurement(runtime, plan, bar).run()
     if runtime.rank == 0:
         print_piece(tables(plan, found))

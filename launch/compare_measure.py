@@ -12,8 +12,8 @@ from torch import Tensor
 
 from launch.compare_needles import Haystack, is_found
 from launch.compare_plan import Plan
-from launch.compare_progress import WorkBar
 from launch.compare_star import Setting
+from launch.progress import WorkBar
 from ringstar.answers import Answer
 from ringstar.divergence import kl_divergence, same_top
 from ringstar.runtime import Document, LongContext
@@ -134,7 +134,7 @@ class Measurement:
             return self._runtime.encode(ids, on_progress, strategy=setting.strategy)
 
     def _ask(self, document: Document, query_ids: Sequence[int]) -> Answer:
-        with self._bar.question():
+        with self._bar.question(self._runtime.config.generation.max_new_tokens):
             return self._runtime.ask(document, query_ids)
 
     def _score(self, document: Document, ids: Sequence[int], last: int) -> Tensor:

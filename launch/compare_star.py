@@ -64,31 +64,31 @@ def default_settings(tokens: int, world: int) -> list[Setting]:
     return list(found.values())
 
 
-def parse_star(text: str) -> StarConfig:
+def parse_star(text: str, key: str = KEY) -> StarConfig:
     """`block_size=1K anchor_size=256` as a StarConfig; raises UserError."""
     values: dict[str, int | str | None] = {}
     for word in text.split():
         name, equals, value = word.partition("=")
         if not equals or name not in _FIELDS:
-            raise UserError(KEY, text, f"{word}: allowed: FIELD=VALUE of {', '.join(_FIELDS)}")
+            raise UserError(key, text, f"{word}: allowed: FIELD=VALUE of {', '.join(_FIELDS)}")
         if name in values:
-            raise UserError(KEY, text, f"{name} is given twice; once is allowed")
-        values[name] = _value(text, name, value)
+            raise UserError(key, text, f"{name} is given twice; once is allowed")
+        values[name] = _value(key, text, name, value)
     if not values:
-        raise UserError(KEY, text, f"is empty; allowed: FIELD=VALUE of {', '.join(_FIELDS)}")
+        raise UserError(key, text, f"is empty; allowed: FIELD=VALUE of {', '.join(_FIELDS)}")
     star = StarConfig(**values)  # type: ignore[arg-type]  # what `check` finds wrong it refuses
-    with blamed(text):
+    with blamed(text, key):
         check(Config(strategy=star))
     return star
 
 
 @contextmanager
-def blamed(text: str) -> Iterator[None]:
+def blamed(text: str, key: str = KEY) -> Iterator[None]:
     """What is wrong with a strategy inside is said of the setting that was written so."""
     try:
         yield
     except UserError as error:
-        raise UserError(KEY, text, str(error).replace("strategy.", "")) from error
+        raise UserError(key, text, str(error).replace("strategy.", "")) from error
 
 
 def star_label(star: StarConfig, tokens: int, world: int) -> str:
@@ -111,7 +111,7 @@ def _others(star: StarConfig) -> Iterator[str]:
             yield f"{name.removeprefix('anchor_')} {value}"
 
 
-def _value(text: str, name: str, value: str) -> int | str | None:
+def _value(key: str, text: str, name: str, value: str) -> int | str | None:
     if value == "null" and name in _MAY_BE_NULL:
         return None
     if name not in _INTEGERS:
@@ -119,4 +119,4 @@ def _value(text: str, name: str, value: str) -> int | str | None:
     try:
         return int(value)
     except ValueError as error:
-        raise UserError(KEY, text, f"{name}={value}: allowed: an integer") from error
+        raise UserError(key, text, f"{name}={value}: allowed: an integer") from error

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.options import ASK, COMPARE, GENERATE, SCORE, Command, every_option, group_options
+from launch.options import (
+    ASK,
+    COMPARE,
+    EVALUATE,
+    GENERATE,
+    SCORE,
+    Command,
+    every_option,
+    group_options,
+)
 
 _MEANING = {
     "strategy": "how the document is encoded: ring (exact), star (approximate), dense (one rank)",
@@ -78,6 +87,16 @@ _MEANING = {
     "score.path": 'JSONL, {"continuation": "..."} on each line',
     "score.pieces": "of the document, for its curve of perplexity",
     "score.picture": "PNG of that curve; unset: beside output.path if that is given",
+    "evaluate.tasks": "names or patterns, as niah_*,vt; see above",
+    "evaluate.lengths": "tokens of prompt and answer together, as 1K,4K,7K",
+    "evaluate.star": 'a setting, as "block_size=1/4 anchor_size=256"; may be given several times',
+    "evaluate.samples": "of each task at each length",
+    "evaluate.seed": "the same seed makes the same samples",
+    "evaluate.depths": "even depths of needle_by_depth, from 0 to 100%",
+    "evaluate.depth_samples": "of each depth at each length; unset: as evaluate.samples",
+    "evaluate.essay_path": "a long UTF-8 text for needles; unset: Python's documentation",
+    "evaluate.qa_path": "JSON lines of paragraphs with questions; unset: invented ones",
+    "evaluate.picture": "PNG; unset: beside output.path if that is given",
 }
 _MEANING_OF = {
     ASK.root: {
@@ -95,6 +114,9 @@ _MEANING_OF = {
         "question_path": "a text file with it",
         "document.ids_path": 'JSON {"context_ids": [...]}; "query_ids" come before continuations',
         "output.path": "of continuations JSONL, a line each; of a document JSON, and the curve",
+    },
+    EVALUATE.root: {
+        "output.path": "NAME.json; samples go to NAME.samples.jsonl, and a stopped run goes on",
     },
 }
 _INTERNAL = {"launch.report"}

@@ -28,6 +28,7 @@ _TEXT_KEYS = {
     *("question", "document.text", "generation.stop", "model.cache_dir", "launch.report"),
     *("compare.star", "compare.picture"),
     *("score.continuation", "score.picture"),
+    *("evaluate.tasks", "evaluate.lengths", "evaluate.star", "evaluate.picture"),
 }
 _PATH_ENDS = ("_path", ".path", ".first_logits", ".save", ".load")
 
@@ -101,6 +102,22 @@ HARNESS = Command(
         "output": "lm-eval writes its results: --output_path",
     },
 )
+_OF_TASKS = "tasks make documents and questions, and say how long answers are; drop it"
+EVALUATE = Command(
+    "evaluate",
+    GROUPS[1:],
+    frozenset({"evaluate.star"}),
+    {
+        "strategy": "exact is ring, or dense on one rank; settings of star are written"
+        ' evaluate.star="block_size=1/4 anchor_size=256"',
+        "document": _OF_TASKS,
+        "question": _OF_TASKS,
+        "question_path": _OF_TASKS,
+        "generation": _OF_TASKS,
+        "cache.reuse": "each encode is measured, and starts anew; drop it",
+        "output.first_logits": "answers are scored, logits are not written; drop it",
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +163,13 @@ def parse_harness(arguments: Sequence[str]) -> schema.HarnessConfig:
     """Compose and check the config of `launch.harness`; raises UserError."""
     config = _parse(arguments, HARNESS)
     assert isinstance(config, schema.HarnessConfig)
+    return config
+
+
+def parse_evaluation(arguments: Sequence[str]) -> schema.EvaluationConfig:
+    """Compose and check the config of `launch.evaluate`; raises UserError."""
+    config = _parse(arguments, EVALUATE)
+    assert isinstance(config, schema.EvaluationConfig)
     return config
 
 
@@ -212,6 +236,7 @@ def _register_schemas() -> None:
     store.store(group="schema", name="compare", node=schema.ComparisonConfig)
     store.store(group="schema", name="harness", node=schema.HarnessConfig(strategy=MISSING))
     store.store(group="schema", name="score", node=schema.ScoreConfig(strategy=MISSING))
+    store.store(group="schema", name="evaluate", node=schema.EvaluationConfig)
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)
     store.store(group="schema/strategy", name="star", node=schema.StarConfig)

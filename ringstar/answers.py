@@ -53,11 +53,12 @@ def collect(
     end_tokens: frozenset[int],
     tokenizer: Any | None,
     on_text: Callable[[str], None] | None,
+    until: Callable[[str], bool] | None = None,
 ) -> Generated:
-    """Take tokens until an end token, a stop text, or `max_new_tokens`.
+    """Take tokens until an end token, a stop text, `max_new_tokens`, or `until` is true.
 
     Every rank sees the same tokens and so stops at the same one.  `on_text` receives pieces
-    of the answer as soon as they are certain.
+    of the answer as soon as they are certain; `until` is asked about all of it so far.
     """
     ids: list[int] = []
     times: list[float] = []
@@ -71,7 +72,7 @@ def collect(
             reason = "stop"
             break
         ids.append(step.token)
-        if text.add(step.token):
+        if text.add(step.token) or (until is not None and until(text.so_far)):
             reason = "stop"
             break
         if len(ids) >= settings.max_new_tokens:
@@ -94,6 +95,11 @@ class TextStream:
         self._ids: list[int] = []
         self._context, self._decoded = 0, 0  # where to decode from; how far text is certain
         self._text, self._shown = "", 0
+
+    @property
+    def so_far(self) -> str:
+        """What is certain of the text."""
+        return self._text
 
     def add(self, token: int) -> bool:
         """Take one token; True when a stop text has appeared."""

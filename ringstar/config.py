@@ -360,6 +360,36 @@ class ComparisonConfig(Config):
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
+@dataclass
+class EvaluateConfig:
+    """What exact and star are evaluated on; see docs/evaluate.md.
+
+    `tasks` are names or patterns, `lengths` tokens, both separated by spaces or commas.
+    """
+
+    tasks: str = "*"
+    lengths: str = "4K"
+    # settings of star, each as `block_size=1/4 anchor_size=256`; none: quarters and eighths
+    star: list[str] = field(default_factory=list)
+    # of each task at each length
+    samples: int = 10
+    seed: int = 0
+    # how many even depths needles by depth have, and the samples at each; None: as `samples`
+    depths: int = 5
+    depth_samples: int | None = None
+    # a long natural text, and paragraphs with questions; None: what needs no file
+    essay_path: str | None = None
+    qa_path: str | None = None
+    picture: str | None = None
+
+
+@dataclass
+class EvaluationConfig(Config):
+    """Everything that one evaluation needs; exact is ring, or dense on one rank."""
+
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
 def config_of(
     strategy: str | StrategyConfig,
     layout: str,
@@ -436,6 +466,10 @@ def _rules(config: Config) -> Iterator[Rule]:
         yield _count("harness.batch_size", config.harness.batch_size)
         yield _count("harness.query_tokens", config.harness.query_tokens)
         yield _count("harness.max_length", config.harness.max_length)
+    if isinstance(config, EvaluationConfig):
+        yield _count("evaluate.samples", config.evaluate.samples)
+        yield _count("evaluate.depths", config.evaluate.depths)
+        yield _count("evaluate.depth_samples", config.evaluate.depth_samples)
 
 
 def _rope_rules(rope: RopeConfig) -> Iterator[Rule]:

@@ -428,20 +428,24 @@ class LongContext:
         question: Text,
         *,
         on_text: Callable[[str], None] | None = None,
+        until: Callable[[str], bool] | None = None,
         settings: GenerationConfig | None = None,
         **changes: Any,
     ) -> Answer:
         """Answer a question, given as text or as token ids, about an encoded document.
 
         The document can be asked again: a question leaves nothing behind.  `on_text` receives
-        the answer piece by piece on rank 0; `changes` are fields of GenerationConfig, such as
+        the answer piece by piece on rank 0; `until` is asked on every rank about the text so far,
+        and ends the answer when it is true.  `changes` are fields of GenerationConfig, such as
         `max_new_tokens=32`.
 
         Raises:
             UserError: the question is empty or too long for the model, or a setting is wrong.
         """
         ids = token_ids("question", question, self.files.query_ids, self.files.vocab_size)
-        return self.answer(document, ids, on_text=on_text, settings=settings, **changes)
+        return self.answer(
+            document, ids, on_text=on_text, until=until, settings=settings, **changes
+        )
 
     def converse(self, document: Document) -> Conversation:
         """A conversation about a document: its `ask` takes one question after another."""
@@ -456,6 +460,7 @@ class LongContext:
         top: object = None,
         before: Sequence[int] = (),
         on_text: Callable[[str], None] | None = None,
+        until: Callable[[str], bool] | None = None,
         settings: GenerationConfig | None = None,
         **changes: Any,
     ) -> Answer:
@@ -483,7 +488,7 @@ class LongContext:
             read = shard.take_up(top) - document.tokens
             new = [*before[read:], *ids]
             with closing(engine.generate(shard, new, chosen, victims)) as steps:
-                made = collect(steps, chosen, ends, tokenizer, shown)
+                made = collect(steps, chosen, ends, tokenizer, shown, until)
                 transport.publish("metrics")
                 sent = transport.counters.bytes_sent
                 metrics = gather_metrics(transport, shard.cache.nbytes, sent)

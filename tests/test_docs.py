@@ -22,6 +22,7 @@ from launch.harness import split
 from launch.options import (
     ASK,
     COMPARE,
+    EVALUATE,
     GENERATE,
     GROUPS,
     HARNESS,
@@ -29,6 +30,7 @@ from launch.options import (
     every_option,
     parse,
     parse_comparison,
+    parse_evaluation,
     parse_harness,
     parse_questions,
     parse_score,
@@ -57,6 +59,7 @@ PARSERS = {
     "launch.compare": (COMPARE, parse_comparison),
     "launch.harness": (HARNESS, parse_harness),
     "launch.score": (SCORE, parse_score),
+    "launch.evaluate": (EVALUATE, parse_evaluation),
 }
 BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

@@ -14,6 +14,7 @@ from launch.options import (
     ASK,
     COMPARE,
     CONFIG_DIR,
+    EVALUATE,
     GENERATE,
     GROUPS,
     HARNESS,
@@ -22,6 +23,7 @@ from launch.options import (
     group_options,
     parse,
     parse_comparison,
+    parse_evaluation,
     parse_score,
 )
 from launch.outputs import resolved_config
@@ -125,6 +127,25 @@ HARNESS_OPTIONS = sorted(
     - {"output.first_logits", "output.path", "question", "question_path"}
 )
 
+# launch.evaluate: neither document nor question, and answers are greedy
+_MADE_BY_TASKS = ("strategy.", "document.", "generation.", "question")
+EVALUATE_OPTIONS = sorted(
+    {key for key in OPTIONS if not key.startswith(_MADE_BY_TASKS)}
+    - {"cache.reuse", "output.first_logits"}
+    | {
+        "evaluate.depth_samples",
+        "evaluate.depths",
+        "evaluate.essay_path",
+        "evaluate.lengths",
+        "evaluate.picture",
+        "evaluate.qa_path",
+        "evaluate.samples",
+        "evaluate.seed",
+        "evaluate.star",
+        "evaluate.tasks",
+    }
+)
+
 CHOICES = {
     "strategy": ["dense", "ring", "star"],
     "transport": ["auto", "gloo", "nccl", "threads"],
@@ -220,6 +241,11 @@ def test_every_option_of_harness_is_still_there():
     assert HARNESS.groups == GROUPS
 
 
+def test_every_option_of_evaluate_is_still_there():
+    assert sorted(every_option(EVALUATE)) == EVALUATE_OPTIONS
+    assert EVALUATE.groups == COMPARE.groups
+
+
 def test_every_choice_is_still_there():
     assert {group: group_options(group) for group in GROUPS} == CHOICES
 
@@ -261,6 +287,7 @@ def test_experiments_hold_deltas_only():
         (COMPARE, COMPARE_OPTIONS),
         (SCORE, SCORE_OPTIONS),
         (HARNESS, HARNESS_OPTIONS),
+        (EVALUATE, EVALUATE_OPTIONS),
     ],
 )
 def test_every_option_has_a_help_line(command, options):
@@ -306,6 +333,15 @@ def test_continuations_are_literal_and_may_be_repeated(text):
     assert config.score.continuation == [text, "b", text]
     config = parse_score([f"score.picture={text}", f"score.path={text}"])
     assert (config.score.picture, config.score.path) == (text, text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_an_evaluation_are_literal(text):
+    keys = ["tasks", "lengths", "essay_path", "qa_path", "picture"]
+    config = parse_evaluation([f"evaluate.{key}={text}" for key in keys])
+    assert [getattr(config.evaluate, key) for key in keys] == [text] * 5
+    config = parse_evaluation([f"evaluate.star={part}" for part in (text, "b", text)])
+    assert config.evaluate.star == [text, "b", text]
 
 
 def test_values_that_are_no_text_are_typed():

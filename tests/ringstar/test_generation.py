@@ -7,6 +7,7 @@ from ringstar import UserError
 from ringstar.answers import TextStream
 from ringstar.config import GenerationConfig
 from ringstar.sampling import Sampler
+from tests.support.chat import chat_folder
 from tests.support.models import random_ids, tiny_folder
 from tests.support.runtime import simulated
 
@@ -140,3 +141,22 @@ def test_what_might_have_been_a_stop_text_is_shown_later():
     pieces, text = shown("a STIR", stops=["STOP"])
     assert "".join(pieces) == text == "a STIR"
     assert "STI" in pieces  # held back until it could not be the stop any more
+
+
+def test_an_answer_ends_once_it_says_what_was_wanted():
+    """On every rank at the same token; and its text stays whole."""
+    ring = simulated(chat_folder(), 3)
+    document = ring.encode("The ship left the harbour at dawn.")
+    free = ring.ask(document, "Who?", max_new_tokens=20)
+    wanted, seen = free.text[: len(free.text) // 2], []
+
+    def until(text: str) -> bool:
+        seen.append(text)
+        return wanted in text
+
+    ended = ring.ask(document, "Who?", max_new_tokens=20, until=until)
+    assert ended.ids == free.ids[: len(ended.ids)]
+    assert len(ended.ids) < len(free.ids)
+    assert wanted in ended.text and ended.finish_reason == "stop"
+    assert len(seen) == 3 * len(ended.ids)
+    assert ring.ask(document, "Who?", max_new_tokens=20).ids == free.ids  # nothing is left behind

@@ -1,0 +1,133 @@
+"""Scored samples as JSON lines, which a stopped run goes on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from launch.evaluate_plan import Plan
+from launch.lines import LineLog, whole_lines
+from launch.outputs import config_path, resolved_config, write_file
+from ringstar.config import EvaluationConfig
+from ringstar.errors import UserError
+
+# what a sample and its answer are called by
+Key = tuple[str, int, float | None, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One sample, put to one contender; docs/evaluate.md describes each field."""
+
+    task: str
+    length: int
+    depth: float | None
+    index: int
+    strategy: str
+    seed: int
+    digest: str
+    tokens: int
+    document_tokens: int
+    query_tokens: int
+    question: str
+    references: list[str]
+    answer: str
+    answer_tokens: int
+    finish_reason: str
+    score: float
+    encode_s: float
+    ttft_s: float
+    tpot_s: float
+    kv_bytes: int
+    bytes_sent: int
+    world_size: int
+    transport: str
+    kernel: str
+    dtype: str
+    device: str
+
+    @property
+    def key(self) -> Key:
+        return self.task, self.length, self.depth, self.index, self.strategy
+
+
+_FIELDS = {field.name for field in fields(Scored)}
+
+
+def samples_path(path: str) -> Path:
+    """Where samples go: beside the result."""
+    return Path(path).expanduser().with_suffix(".samples.jsonl")
+
+
+def scored_before(config: EvaluationConfig, plan: Plan) -> list[Scored]:
+    """What an earlier run left; UserError if it scored other samples, or another model."""
+    path = config.output.path
+    if path is None or not samples_path(path).exists():
+        return []
+    lines = [
+        _scored(path, number, text)
+        for number, text in enumerate(whole_lines(samples_path(path)), 1)
+    ]
+    if lines:
+        _check_config(config, path)
+        _check_samples(config, plan, lines)
+    return lines
+
+
+def _scored(path: str, number: int, text: str) -> Scored:
+    try:
+        return Scored(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        where = f"{samples_path(path)}:{number}"
+        why = "is no sample of an evaluation; give another output.path"
+        raise UserError("output.path", where, why) from error
+
+
+def _check_config(config: EvaluationConfig, path: str) -> None:
+    """Raise UserError if the samples that are there were scored with another model."""
+    beside = config_path(path)
+    try:
+        before = yaml.safe_load(beside.read_text())
+        wrong = [name for name in ("model", "rope") if before[name] != vars(config)[name].__dict__]
+        if before["evaluate"]["seed"] != config.evaluate.seed:
+            wrong.append("evaluate.seed")
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        wrong = [beside.name]
+    if wrong:
+        why = f"was begun with another {wrong[0]} ({beside.name}); give another output.path"
+        raise UserError("output.path", path, why)
+
+
+def _check_samples(config: EvaluationConfig, plan: Plan, lines: Iterable[Scored]) -> None:
+    """The first sample of each cell tells whether texts, words and tokenizer are the same."""
+    digests = {line.key[:4]: line.digest for line in lines}
+    for cell in plan.cells:
+        digest = digests.get((cell.task.name, cell.length, cell.depth, 0))
+        if digest not in (None, plan.sample(cell, 0).prompt.digest):
+            why = (
+                f"{samples_path(config.output.path or '').name} has other samples of"
+                f" {cell.task.name}: made from other texts, words or tokens;"
+                " give another output.path"
+            )
+            raise UserError("output.path", config.output.path, why)
+
+
+class SampleLog:
+    """Keeps scored samples, in a file if there is one; rank 0 has it."""
+
+    def __init__(self, config: EvaluationConfig, before: list[Scored]):
+        self.lines, self._file = [*before], None
+        path = config.output.path
+        if path is not None:
+            write_file("output.path", config_path(path), resolved_config(config))
+            self._file = LineLog(samples_path(path))
+
+    def add(self, line: Scored) -> None:
+        """One more, on the disk when this returns."""
+        if self._file is not None:
+            self._file.add(asdict(line))
+        self.lines.append(line)

@@ -1,0 +1,121 @@
+"""One sample after another, put to every contender that has not had it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from launch.evaluate_log import Key, Scored
+from launch.evaluate_plan import Cell, Plan
+from launch.evaluate_prompt import prompt_ids
+from launch.evaluate_star import Contender
+from launch.progress import TOKENS_OF_A_STEP, WorkBar
+from ringstar.answers import Answer
+from ringstar.evaluation import Sample, score
+from ringstar.runtime import Document, LongContext
+
+# as much is encoded once before, so that no sample pays for the first steps
+_WARM_UP_TOKENS = 256
+
+Job = tuple[Cell, int, list[Contender]]
+
+
+def pending(plan: Plan, done: Collection[Key]) -> list[Job]:
+    """What is left to do, in order."""
+    jobs = []
+    for cell, number in plan.jobs():
+        key = cell.task.name, cell.length, cell.depth, number
+        left = [star for star in plan.contenders if (*key, star.label) not in done]
+        if left:
+            jobs.append((cell, number, left))
+    return jobs
+
+
+def work_of(jobs: Sequence[Job]) -> int:
+    """In tokens of a document."""
+    return sum(
+        (cell.length + TOKENS_OF_A_STEP * cell.task.new_tokens) * len(left)
+        for cell, _, left in jobs
+    )
+
+
+class Measurement:
+    """Every rank makes the same calls; `add` is called with each scored sample."""
+
+    def __init__(
+        self, runtime: LongContext, plan: Plan, bar: WorkBar, add: Callable[[Scored], None]
+    ):
+        self._runtime, self._plan, self._bar, self._add = runtime, plan, bar, add
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """All jobs; each sample is made once, and encoded once for each contender."""
+        if jobs:
+            first = self._plan.sample(*jobs[0][:2])
+            ids, _ = prompt_ids(self._runtime.files, first.prompt)
+            self._runtime.encode(ids[:_WARM_UP_TOKENS], strategy=self._plan.contenders[0].exact)
+        for cell, number, left in jobs:
+            sample = self._plan.sample(cell, number)
+            context, query = prompt_ids(self._runtime.files, sample.prompt)
+            for contender in left:
+                document = self._encode(cell, contender, context, len(query))
+                answer = self._ask(cell, document, query, sample)
+                self._add(self._scored(cell, number, contender, sample, document, answer))
+                del document  # before the next one takes its place
+
+    def _encode(self, cell: Cell, contender: Contender, ids: list[int], query: int) -> Document:
+        what = f"{cell.task.name} {cell.length:,}, {contender.label}"
+        with self._bar.encode(what, cell.length) as on_progress:
+            strategy = contender.strategy(len(ids))
+            return self._runtime.encode(
+                ids, on_progress, strategy=strategy, length=len(ids) + query
+            )
+
+    def _ask(self, cell: Cell, document: Document, query: list[int], sample: Sample) -> Answer:
+        """Greedy; what follows once every reference is there cannot change the score."""
+        match = cell.task.match
+
+        def complete(text: str) -> bool:
+            return score(text, sample.references, match) == 1
+
+        with self._bar.question(sample.new_tokens):
+            return self._runtime.ask(
+                document, query, until=complete, max_new_tokens=sample.new_tokens
+            )
+
+    def _scored(
+        self,
+        cell: Cell,
+        number: int,
+        contender: Contender,
+        sample: Sample,
+        document: Document,
+        answer: Answer,
+    ) -> Scored:
+        runtime = self._runtime
+        return Scored(
+            task=cell.task.name,
+            length=cell.length,
+            depth=cell.depth,
+            index=number,
+            strategy=contender.label,
+            seed=self._plan.config.seed,
+            digest=sample.prompt.digest,
+            tokens=sample.tokens,
+            document_tokens=document.tokens,
+            query_tokens=answer.query_tokens,
+            question=sample.prompt.question,
+            references=list(sample.references),
+            answer=answer.text,
+            answer_tokens=len(answer.ids),
+            finish_reason=answer.finish_reason,
+            score=score(answer.text, sample.references, cell.task.match),
+            encode_s=document.encode_s,
+            ttft_s=answer.ttft_s,
+            tpot_s=answer.tpot_s,
+            kv_bytes=max(document.metrics.kv_bytes),
+            bytes_sent=max(document.metrics.bytes_sent),
+            world_size=runtime.world_size,
+            transport=runtime.transport,
+            kernel=runtime.kernel,
+            dtype=str(runtime.dtype).removeprefix("torch."),
+            device=str(runtime.device),
+        )

@@ -1,0 +1,85 @@
+"""What is evaluated: exact, and settings of star whose sizes may be shares of the document."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from launch.compare_star import exact_setting, parse_star
+from ringstar.config import StarConfig, StrategyConfig
+from ringstar.errors import UserError
+
+KEY = "evaluate.star"
+EXACT = "exact"
+DEFAULT = ("block_size=1/4", "block_size=1/8")
+_NAMES = {"half": "1/2", "quarter": "1/4", "eighth": "1/8", "sixteenth": "1/16"}
+_SIZES = ("block_size", "anchor_size")
+_OTHERS = [field.name for field in fields(StarConfig) if field.name not in ("name", *_SIZES)]
+_SHARE = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to encode: what tables call it, and what a user wrote; `exact` has no sizes."""
+
+    label: str
+    given: str = ""
+    exact: StrategyConfig | None = None
+
+    def strategy(self, tokens: int) -> StrategyConfig:
+        """Its settings for a document of `tokens`; raises UserError for what fits no document."""
+        if self.exact is not None:
+            return self.exact
+        words = [_sized(self.given, word, tokens) for word in self.given.split()]
+        try:
+            return parse_star(" ".join(words), KEY)
+        except UserError as error:  # as it was written, not as it was sized
+            raise UserError(KEY, self.given, error.allowed) from error
+
+
+def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:
+    """Exact and the settings of star, and how exact is encoded; raises UserError."""
+    setting, why = exact_setting(world)
+    found = [Contender(EXACT, exact=setting.strategy)]
+    for text in given or DEFAULT:
+        star = Contender(_label(text), text)
+        same = next((other for other in found if other.label == star.label), None)
+        if same:
+            raise UserError(KEY, text, f"is the same as {same.given}")
+        found.append(star)
+    return found, why
+
+
+def _label(text: str) -> str:
+    """Sizes as they were written, and what is not as usual; UserError for what none can mean."""
+    # whether sizes fit each other depends on the document, if one is a share of it
+    others = [word for word in text.split() if _sized(text, word, 1) == word]
+    star = parse_star(" ".join(others), KEY) if others or not text.split() else StarConfig()
+    written = dict(word.partition("=")[::2] for word in text.split())
+    sizes = {name: _NAMES.get(size, size) for name, size in written.items() if name in _SIZES}
+    if sizes.get("block_size", "null") == "null":
+        raise UserError(KEY, text, "block_size is needed: tokens, or a share as 1/4 or quarter")
+    anchor = sizes.get("anchor_size", "null")
+    parts = [f"star {sizes['block_size']}"]
+    if anchor != "null":
+        parts.append("no anchor" if anchor == "0" else f"anchor {anchor}")
+    usual = StarConfig()
+    parts += [
+        f"{name.removeprefix('anchor_')} {getattr(star, name)}"
+        for name in _OTHERS
+        if getattr(star, name) != getattr(usual, name)
+    ]
+    return ", ".join(parts)
+
+
+def _sized(text: str, word: str, tokens: int) -> str:
+    """`block_size=1/4` with that share of the document's tokens, rounded up; else as it was."""
+    name, _, value = word.partition("=")
+    value = _NAMES.get(value, value)
+    if name not in _SIZES or "/" not in value:
+        return word
+    share = _SHARE.fullmatch(value)
+    if share is None or int(share[1]) > int(share[2]):
+        raise UserError(KEY, text, f"{word}: allowed: tokens as 1K, or a share up to 1, as 1/4")
+    return f"{name}={-(-tokens * int(share[1]) // int(share[2]))}"
