@@ -16,7 +16,7 @@ GPU_PATH := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}
 help:
 	@echo "make setup      create or refresh .venv"
 	@echo "make demo       answer questions over a 6,000-token document with 4 ranks"
-	@echo "make test       lint, type check and all tests"
+	@echo "make test       lint, type check and all tests, a process for each core"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      CPU benchmarks, as ratios in one run (results in benchmarks/results)"
 	@echo "make test-gpu   kernels and the runtime on one NVIDIA GPU, under 8 minutes"
@@ -37,7 +37,7 @@ demo: $(STAMP)
 	$(BIN)/python -m launch.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
