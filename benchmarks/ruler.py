@@ -27,7 +27,7 @@ from launch.evaluate_log import scored_before
 from launch.evaluate_picture import draw
 from launch.evaluate_plan import Plan, make_plan
 from launch.evaluate_result import CellResult, cannot, result_of, results
-from launch.options import parse_evaluation
+from launch.options import EVALUATE
 from ringstar.evaluation import BY_DEPTH
 from ringstar.models import find_model, quiet_transformers
 
@@ -72,7 +72,7 @@ def command_options(given: Sequence[str]) -> list[str]:
 
 def report(options: Sequence[str], command: str, folder: Path) -> None:
     """`DATE-ruler.json`, `.md` and `.png` of the samples that are there."""
-    config = parse_evaluation(options)
+    config = EVALUATE.parse(options)
     files = find_model(config.model, config.rope)
     plan = make_plan(config, files)
     lines = scored_before(config, plan)

@@ -41,7 +41,7 @@ from launch.generate import check_document_request, encoded_document, print_piec
 from launch.help import help_text
 from launch.inputs import STDIN, Request, check_one_reader, read_context
 from launch.library import Entry, Library, Turn, read_entries
-from launch.options import ASK, parse_questions
+from launch.options import ASK
 from launch.questions import ONLY, Question, read_questions, typed_lines
 from launch.start import RankCommand
 from ringstar.answers import Answer
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(__doc__ or "", ASK))
         return DONE
-    return RankCommand("launch.ask", parse_questions, check_request, run_rank).main(arguments)
+    return RankCommand("launch.ask", ASK.parse, check_request, run_rank).main(arguments)
 
 
 def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list[Question]]:

@@ -48,7 +48,7 @@ from launch.compare_tables import tables
 from launch.faults import DONE, leave
 from launch.generate import print_piece, show_choices
 from launch.help import help_text
-from launch.options import COMPARE, parse_comparison
+from launch.options import COMPARE
 from launch.outputs import check_writable, config_path, resolved_config, write_file
 from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
 from launch.progress import work_bar
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(__doc__ or "", COMPARE))
         return DONE
-    command = RankCommand("launch.compare", parse_comparison, check_request, run_rank)
+    command = RankCommand("launch.compare", COMPARE.parse, check_request, run_rank)
     return command.main(arguments)
 
 

@@ -55,7 +55,7 @@ from launch.evaluate_tables import tables
 from launch.faults import DONE, leave
 from launch.generate import print_piece, show_choices
 from launch.help import help_text
-from launch.options import EVALUATE, parse_evaluation
+from launch.options import EVALUATE
 from launch.outputs import check_file, check_writable, write_file
 from launch.progress import work_bar
 from launch.start import RankCommand
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(__doc__ or "", EVALUATE))
         return DONE
-    command = RankCommand("launch.evaluate", parse_evaluation, check_request, run_rank)
+    command = RankCommand("launch.evaluate", EVALUATE.parse, check_request, run_rank)
     return command.main(arguments)
 
 

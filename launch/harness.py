@@ -38,7 +38,7 @@ import torch
 from launch.faults import DONE, leave
 from launch.generate import show_choices
 from launch.help import help_text
-from launch.options import HARNESS, parse_harness
+from launch.options import HARNESS
 from launch.start import RankCommand
 from launch.weights import check_weights
 from ringstar.config import HarnessConfig
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         return DONE
     command = RankCommand(
         "launch.harness",
-        lambda _: parse_harness(own),
+        lambda _: HARNESS.parse(own),
         partial(check_request, theirs),
         partial(run_rank, theirs),
     )

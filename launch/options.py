@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -33,26 +34,36 @@ _TEXT_KEYS = {
 _PATH_ENDS = ("_path", ".path", ".first_logits", ".save", ".load")
 
 
+C = TypeVar("C", bound=schema.Config)
+
+
 @dataclass(frozen=True, slots=True)
-class Command:
+class Command(Generic[C]):
     """The options of one command.
 
-    `root` is its file in `configs/`, `groups` what may be chosen, `repeatable` texts that may be
-    given several times; `fixed` are keys or whole sections that it sets itself, and why.
+    `schema` is what they become, `root` its file in `configs/`, `groups` what may be chosen,
+    `repeatable` texts that may be given several times; `fixed` are keys or whole sections that it
+    sets itself, and why.
     """
 
+    schema: type[C]
     root: str
     groups: tuple[str, ...]
     repeatable: frozenset[str]
     fixed: Mapping[str, str]
 
+    def parse(self, arguments: Sequence[str]) -> C:
+        """Compose and check a config; raises UserError."""
+        return _parse(arguments, self)
+
     def why_fixed(self, key: str) -> str | None:
         return self.fixed.get(key) or self.fixed.get(key.partition(".")[0])
 
 
-GENERATE = Command("config", GROUPS, frozenset({"generation.stop"}), {})
+GENERATE = Command(schema.Config, "config", GROUPS, frozenset({"generation.stop"}), {})
 _BY_FILE = "questions.path has questions, or they are typed"
 ASK = Command(
+    schema.AskConfig,
     "ask",
     GROUPS,
     frozenset({"generation.stop"}),
@@ -64,6 +75,7 @@ ASK = Command(
 )
 _GREEDY = "answers that are compared are greedy; drop it"
 COMPARE = Command(
+    schema.ComparisonConfig,
     "compare",
     GROUPS[1:],
     frozenset({"generation.stop", "question", "compare.star"}),
@@ -82,6 +94,7 @@ COMPARE = Command(
 )
 _NOT_KEPT = "its document is scored, not kept; launch.ask keeps it"
 SCORE = Command(
+    schema.ScoreConfig,
     "score",
     GROUPS,
     frozenset({"score.continuation"}),
@@ -94,6 +107,7 @@ SCORE = Command(
 )
 _BY_TASK = "tasks of lm-eval have their own; drop it"
 HARNESS = Command(
+    schema.HarnessConfig,
     "harness",
     GROUPS,
     frozenset(),
@@ -104,6 +118,7 @@ HARNESS = Command(
 )
 _OF_TASKS = "tasks make documents and questions, and say how long answers are; drop it"
 EVALUATE = Command(
+    schema.EvaluationConfig,
     "evaluate",
     GROUPS[1:],
     frozenset({"evaluate.star"}),
@@ -135,45 +150,10 @@ class _Given:
 
 def parse(arguments: Sequence[str]) -> schema.Config:
     """Compose and check the config of `launch.generate`; raises UserError."""
-    return _parse(arguments, GENERATE)
+    return GENERATE.parse(arguments)
 
 
-def parse_comparison(arguments: Sequence[str]) -> schema.ComparisonConfig:
-    """Compose and check the config of `launch.compare`; raises UserError."""
-    config = _parse(arguments, COMPARE)
-    assert isinstance(config, schema.ComparisonConfig)
-    return config
-
-
-def parse_questions(arguments: Sequence[str]) -> schema.AskConfig:
-    """Compose and check the config of `launch.ask`; raises UserError."""
-    config = _parse(arguments, ASK)
-    assert isinstance(config, schema.AskConfig)
-    return config
-
-
-def parse_score(arguments: Sequence[str]) -> schema.ScoreConfig:
-    """Compose and check the config of `launch.score`; raises UserError."""
-    config = _parse(arguments, SCORE)
-    assert isinstance(config, schema.ScoreConfig)
-    return config
-
-
-def parse_harness(arguments: Sequence[str]) -> schema.HarnessConfig:
-    """Compose and check the config of `launch.harness`; raises UserError."""
-    config = _parse(arguments, HARNESS)
-    assert isinstance(config, schema.HarnessConfig)
-    return config
-
-
-def parse_evaluation(arguments: Sequence[str]) -> schema.EvaluationConfig:
-    """Compose and check the config of `launch.evaluate`; raises UserError."""
-    config = _parse(arguments, EVALUATE)
-    assert isinstance(config, schema.EvaluationConfig)
-    return config
-
-
-def _parse(arguments: Sequence[str], command: Command) -> schema.Config:
+def _parse(arguments: Sequence[str], command: Command[C]) -> C:
     given = [_take_apart(argument) for argument in arguments]
     _check_allowed(given, command)
     texts = [item for item in given if item.is_text]
@@ -186,7 +166,7 @@ def _parse(arguments: Sequence[str], command: Command) -> schema.Config:
         if item.key not in known and item.key not in command.groups:
             raise UserError(item.key, item.value, _unknown(item.key, known, base, command))
     config = _typed(_compose([item.text for item in given if not item.is_text], command))
-    assert isinstance(config, schema.Config)
+    assert isinstance(config, command.schema)
     _set_texts(config, texts, command)
     schema.check(config)
     return config

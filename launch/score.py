@@ -40,7 +40,7 @@ from tqdm import tqdm
 from launch.faults import DONE, leave
 from launch.generate import print_piece, show_choices
 from launch.help import help_text
-from launch.options import SCORE, parse_score
+from launch.options import SCORE
 from launch.outputs import check_writable, config_path, resolved_config, write_file
 from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
 from launch.progress import encode_bar
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(help_text(__doc__ or "", SCORE))
         return DONE
-    return RankCommand("launch.score", parse_score, check_request, run_rank).main(arguments)
+    return RankCommand("launch.score", SCORE.parse, check_request, run_rank).main(arguments)
 
 
 def check_request(config: ScoreConfig) -> tuple[ModelFiles, Plan]:

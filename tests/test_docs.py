@@ -28,12 +28,6 @@ from launch.options import (
     HARNESS,
     SCORE,
     every_option,
-    parse,
-    parse_comparison,
-    parse_evaluation,
-    parse_harness,
-    parse_questions,
-    parse_score,
 )
 from launch.score_plan import RESULT_FIELDS
 from ringattn import Costs, ExtendPlan
@@ -54,12 +48,12 @@ COMMANDS = [
     for page in PAGES
     for line in re.findall(r"^(?:python|torchrun) .*-m launch.*$", page.read_text(), re.MULTILINE)
 ]
-PARSERS = {
-    "launch.ask": (ASK, parse_questions),
-    "launch.compare": (COMPARE, parse_comparison),
-    "launch.harness": (HARNESS, parse_harness),
-    "launch.score": (SCORE, parse_score),
-    "launch.evaluate": (EVALUATE, parse_evaluation),
+OF_MODULES = {
+    "launch.ask": ASK,
+    "launch.compare": COMPARE,
+    "launch.harness": HARNESS,
+    "launch.score": SCORE,
+    "launch.evaluate": EVALUATE,
 }
 BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
@@ -90,16 +84,16 @@ def test_commands_name_what_exists(page, line):
         options, theirs = split(options)
         assert theirs
     assert importlib.util.find_spec(module)
-    command, parse_all = PARSERS.get(module, (GENERATE, parse))
+    command = OF_MODULES.get(module, GENERATE)
     known = {*every_option(command), *command.groups}
     for option in options:
         assert option.partition("=")[0] in known, option
-    parse_all(options)  # values too
+    command.parse(options)  # values too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page):
-    commands = (GENERATE, *(command for command, _ in PARSERS.values()))
+    commands = (GENERATE, *OF_MODULES.values())
     known = {*GROUPS, *(option for command in commands for option in every_option(command))}
     # a comparison's JSON has a list of that name too
     sections = "|".join({key.partition(".")[0] for key in known if "." in key} - {"questions"})

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import ruler
 from benchmarks.ruler import RESULTS, command_options, main
 from launch.evaluate_log import samples_path
-from launch.options import parse_evaluation
+from launch.options import EVALUATE
 from tests.support.chat import chat_folder
 
 pytest.importorskip("wonderwords")
@@ -19,11 +19,11 @@ pytest.importorskip("matplotlib")
 
 
 def test_its_options_are_those_of_the_command():
-    config = parse_evaluation(command_options([]))
+    config = EVALUATE.parse(command_options([]))
     assert config.evaluate.star == ["block_size=1/4", "block_size=1/8"]
     assert (config.evaluate.samples, config.evaluate.essay_path) == (40, None)
     assert config.output.path == str(RESULTS / "ruler.json")
-    config = parse_evaluation(command_options(["evaluate.samples=3", "evaluate.star=block_size=9"]))
+    config = EVALUATE.parse(command_options(["evaluate.samples=3", "evaluate.star=block_size=9"]))
     assert (config.evaluate.samples, config.evaluate.star) == (3, ["block_size=9"])
 
 

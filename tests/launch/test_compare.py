@@ -28,7 +28,7 @@ from launch.compare_measure import Measurement, forced, quoted_share
 from launch.compare_needles import even_depths, is_found, plant
 from launch.compare_plan import make_plan
 from launch.compare_star import default_settings, parse_star, star_label
-from launch.options import parse_comparison
+from launch.options import COMPARE
 from ringstar.answers import Answer
 from ringstar.config import MAX_NEEDLES, ModelConfig, StarConfig
 from ringstar.errors import UserError
@@ -603,7 +603,7 @@ def test_quoted_share():
 
 def test_passages_are_of_the_users_text(chat, book):
     given = [f"model.path={chat}", f"document.path={book}", QUESTIONS[0]]
-    config = parse_comparison([*given, *THREADS, "compare.probes=4", "compare.probe_tokens=7"])
+    config = COMPARE.parse([*given, *THREADS, "compare.probes=4", "compare.probe_tokens=7"])
     files = find_model(config.model)
     plan = make_plan(config, files)
     assert plan.document[: plan.passages[0].start][:1] == files.context_ids("")
@@ -617,7 +617,7 @@ def test_passages_are_of_the_users_text(chat, book):
 
 def test_only_rank_0_keeps_logits(chat, book):
     given = [f"model.path={chat}", f"document.path={book}", QUESTIONS[0]]
-    config = parse_comparison(given)
+    config = COMPARE.parse(given)
     plan = make_plan(config, find_model(config.model))
 
     class Other:

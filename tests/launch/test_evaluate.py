@@ -24,7 +24,7 @@ from launch.evaluate_plan import make_plan, read_lengths, read_tasks
 from launch.evaluate_result import CANNOT, results
 from launch.evaluate_star import contenders
 from launch.evaluate_tables import tables
-from launch.options import parse_evaluation
+from launch.options import EVALUATE
 from ringstar.config import DenseConfig, RingConfig
 from ringstar.evaluation import RULER, TASKS, paired_p, retention, wilson
 from ringstar.models import ModelFiles, find_model
@@ -266,7 +266,7 @@ SCORES = {
 @pytest.fixture(scope="module")
 def plan():
     texts = ["evaluate.tasks=vt,qa_1", "evaluate.lengths=1500", "evaluate.samples=4"]
-    config = parse_evaluation([model(), *texts, "evaluate.star=block_size=1/4"])
+    config = EVALUATE.parse([model(), *texts, "evaluate.star=block_size=1/4"])
     return make_plan(config, find_model(config.model))
 
 
@@ -417,8 +417,8 @@ def test_help_teaches(capsys):
 
 
 def test_pictures_need_a_place(tmp_path):
-    config = parse_evaluation([model(), f"output.path={tmp_path}/x.json"])
+    config = EVALUATE.parse([model(), f"output.path={tmp_path}/x.json"])
     assert picture_path(config) == tmp_path / "x.png"
-    assert picture_path(parse_evaluation([model()])) is None
-    config = parse_evaluation([model(), f"evaluate.picture={tmp_path}/y.png"])
+    assert picture_path(EVALUATE.parse([model()])) is None
+    config = EVALUATE.parse([model(), f"evaluate.picture={tmp_path}/y.png"])
     assert picture_path(config) == tmp_path / "y.png"

@@ -22,9 +22,6 @@ from launch.options import (
     every_option,
     group_options,
     parse,
-    parse_comparison,
-    parse_evaluation,
-    parse_score,
 )
 from launch.outputs import resolved_config
 from ringstar.config import Config
@@ -320,27 +317,27 @@ def test_stop_may_be_repeated():
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_of_a_comparison_are_literal_and_may_be_repeated(text):
     keys = ["question", "compare.star", "generation.stop"]
-    config = parse_comparison([f"{key}={part}" for key in keys for part in (text, "b", text)])
+    config = COMPARE.parse([f"{key}={part}" for key in keys for part in (text, "b", text)])
     for key in keys:
         assert value_of(config, key) == [text, "b", text]
-    config = parse_comparison([f"compare.picture={text}", f"output.path={text}"])
+    config = COMPARE.parse([f"compare.picture={text}", f"output.path={text}"])
     assert (config.compare.picture, config.output.path) == (text, text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_continuations_are_literal_and_may_be_repeated(text):
-    config = parse_score([f"score.continuation={part}" for part in (text, "b", text)])
+    config = SCORE.parse([f"score.continuation={part}" for part in (text, "b", text)])
     assert config.score.continuation == [text, "b", text]
-    config = parse_score([f"score.picture={text}", f"score.path={text}"])
+    config = SCORE.parse([f"score.picture={text}", f"score.path={text}"])
     assert (config.score.picture, config.score.path) == (text, text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_of_an_evaluation_are_literal(text):
     keys = ["tasks", "lengths", "essay_path", "qa_path", "picture"]
-    config = parse_evaluation([f"evaluate.{key}={text}" for key in keys])
+    config = EVALUATE.parse([f"evaluate.{key}={text}" for key in keys])
     assert [getattr(config.evaluate, key) for key in keys] == [text] * 5
-    config = parse_evaluation([f"evaluate.star={part}" for part in (text, "b", text)])
+    config = EVALUATE.parse([f"evaluate.star={part}" for part in (text, "b", text)])
     assert config.evaluate.star == [text, "b", text]
 
 
