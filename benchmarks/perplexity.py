@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     path = RESULTS / f"{where['date']}-cpu-perplexity"
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(document(results, path.name))
-    path.with_suffix(".png").write_bytes(picture(plain, found))
+    path.with_suffix(".png").write_bytes(picture(results))
     print(f"written: {path}.json, .md and .png")
 
 
@@ -100,7 +100,13 @@ def figures(plain: torch.Tensor, found: dict[str, Score]) -> dict[str, Any]:
         }
         for name, score in found.items()
     }
-    return {"one device": exact, "over ranks": rows}
+    alone = Score([0] * len(plain), plain.float(), plain > 0).perplexities(PIECES)
+    curves = {
+        name: [mine / theirs for (_, mine), (_, theirs) in zip(values, alone, strict=True)]
+        for name, values in ((name, score.perplexities(PIECES)) for name, score in found.items())
+    }
+    pieces = [end for end, _ in alone]
+    return {"one device": exact, "over ranks": rows, "pieces": pieces, "curves": curves}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -129,15 +135,14 @@ def document(results: dict[str, Any], name: str) -> str:
     )
 
 
-def picture(plain: torch.Tensor, found: dict[str, Score]) -> bytes:
+def picture(results: dict[str, Any]) -> bytes:
     """Each setting's perplexity, piece by piece, as a share of one device's."""
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    exact = Score([0] * len(plain), plain.float(), plain > 0).perplexities(PIECES)
-    for name, score in found.items():
-        if name.endswith(f", {WORLDS[-1]} ranks"):
-            ends, values = zip(*score.perplexities(PIECES), strict=True)
-            shares = [mine / theirs for mine, (_, theirs) in zip(values, exact, strict=True)]
-            axis.stairs(shares, (0, *ends), label=name, linewidth=1.5, baseline=None)
+    figure, axis = pyplot.subplots(figsize=(8, 4.4), layout="constrained")
+    last = f", {WORLDS[-1]} ranks"
+    for name, shares in results["curves"].items():
+        if name.endswith(last):
+            edges, label = (0, *results["pieces"]), name.removesuffix(last)
+            axis.stairs(shares, edges, label=label, linewidth=1.5, baseline=None)
     axis.set_xlabel("position in the text, tokens")
     axis.set_ylabel("perplexity, one device = 1")
     axis.spines[["top", "right"]].set_visible(False)

@@ -115,8 +115,9 @@ class TextStream:
     def finish(self) -> str:
         """The whole text; shows what was held back."""
         if self._tokenizer is not None and self._decoded < len(self._ids):
+            piece = self._next_piece()
             self._decoded = len(self._ids)
-            self._take(self._next_piece())
+            self._take(piece)
         self._show(len(self._text))
         return self._text
 

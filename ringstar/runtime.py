@@ -277,8 +277,7 @@ class LongContext:
         def encode(
             transport: Transport,
         ) -> tuple[list[TextShard], list[RankMetrics], tuple[float, KVError], list[Score]]:
-            transport.check_agreement("strategy", chosen)
-            transport.check_agreement("text", [(text.start, text.ids[-1]) for text in scored])
+            transport.check_agreement("strategy", chosen, scored)
             engine, index = self._engines[transport.rank], self._index(transport)
             victims = self._victims(transport, [found[0] for found in begun if found])
             shards = []
@@ -563,9 +562,10 @@ class LongContext:
         """The same of several texts, which are encoded together as by `encode_batch`.
 
         Of text i the tokens from index `starts[i]` on are scored; unless given that is 1.  Each
-        rank scores those that it computes, so that texts may be as long as documents.  By the ring
-        the scores are exact; by star a token is given what its block sees, and anchors are not
-        counted.  Nothing of a chat is put around texts.
+        rank scores what follows the tokens that it computes, some at a time: texts may be as long
+        as documents, and their last token is not read.  By the ring scores are exact; by star a
+        token is given what the block of the one before it sees, and anchors are not counted.
+        Nothing of a chat is put around texts.
 
         Raises:
             UserError: as `encode_batch`, or a text has nothing at its start to be scored.
@@ -617,6 +617,7 @@ class LongContext:
         ids = token_ids("document", text, self.files.plain_ids, self.files.vocab_size)
         length = len(ids) + len(after) + max(0, longest - 1)
         head, after = (ids[:-1], [ids[-1], *after]) if len(ids) > 1 else (ids, after)
+        check_fits(self.config, self.files, self.world_size, len(head), length - len(head))
         return self.encode(head, on_progress, length=length), after
 
     def _check_continuations(
