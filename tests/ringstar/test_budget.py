@@ -16,6 +16,7 @@ import ringstar.stowed
 from ringstar import CacheConfig, LongContext, UserError, attach
 from ringstar.config import byte_size
 from ringstar.memory import free_memory
+from ringstar.stowed import HostPlace
 from seqpar.process import ProcessWorld
 from tests.support.models import eager, expected, over_bound, random_ids, tiny_folder
 from tests.support.ranks import in_processes
@@ -182,6 +183,19 @@ def test_what_goes_to_disk_comes_back(family, tmp_path):
     ring.shelf._by_block.clear()
     ring._places.clear()
     assert not any(place.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_host_memory_is_a_place_too(family):
+    """As from a GPU, where there is one."""
+    folder = tiny_folder(family)
+    ring = runtime(folder, budget(130), chunk_tokens=30)
+    document = ring.encode(documents(1)[0])
+    for shard in document.shards:
+        shard.stow(HostPlace())
+        assert not shard.is_here and shard.cache.pool.allocated_nbytes == 0
+    check(ring, folder, document)
+    assert all(shard.is_here for shard in document.shards)
 
 
 def test_a_saved_and_a_scored_document_come_back_first(tmp_path):

@@ -131,6 +131,14 @@ def test_unfinished_characters_are_held_back():
     assert text == "né€😀"
 
 
+def test_an_answer_may_end_in_the_middle_of_a_character():
+    """As the tokenizer shows it; a bound on its length ended it there."""
+    stream = TextStream(Letters(), (), None)
+    for token in "né".encode()[:-1]:
+        assert not stream.add(token)
+    assert stream.finish() == "n\ufffd"
+
+
 def test_a_stop_text_ends_the_answer_and_is_never_shown():
     pieces, text = shown("one STOP two", stops=["STOP"])
     assert text == "one "
