@@ -152,8 +152,7 @@ class RankEngine:
         pairs = list(zip(shards, passes, strict=True))
         needs = sum((shard.cache.encode_needs(kept) for shard, kept in pairs), Needs())
         make_room(self._transport, self.pool, needs, victims)
-        room = sum((shard.cache.needs(self._room) for shard in shards), Needs())
-        ahead = 0 if self.pool.missing(needs + room) else self._room
+        ahead = self.room_beside(needs, shards)
         for shard, kept in pairs:
             shard.cache.reserve_encode(kept, ahead)
             shard.cache.forget(shard.tokens)
@@ -162,8 +161,12 @@ class RankEngine:
         """Put a text's KV into pages, if it was put away."""
         needs = shard.return_needs()
         make_room(self._transport, self.pool, needs, victims)
-        room = 0 if self.pool.missing(needs + shard.cache.needs(self._room)) else self._room
-        shard.bring_back(room)
+        shard.bring_back(self.room_beside(needs, [shard]))
+
+    def room_beside(self, needs: Needs, shards: Sequence[TextShard]) -> int:
+        """Tokens of an answer that each of these may have room for beside what it needs, or 0."""
+        room = sum((shard.cache.needs(self._room) for shard in shards), Needs())
+        return 0 if self.pool.missing(needs + room) else self._room
 
     def reserve(
         self,

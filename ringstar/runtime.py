@@ -735,7 +735,6 @@ class LongContext:
         chosen = self._check_identity(folder, manifest)
         strategy = self.config.strategy
         layout: Any = strategy.layout if isinstance(strategy, RingConfig) else "zigzag"
-        room = self.config.encode.answer_tokens
 
         def load(transport: Transport) -> tuple[TextShard | None, Any, str | None]:
             transport.publish("load document")
@@ -748,6 +747,7 @@ class LongContext:
             shard = engine.new_text(manifest.length)
             needs = saved_needs(shard, manifest, owned[transport.rank])
             make_room(transport, engine.pool, needs, self._victims(transport, ()))
+            room = engine.room_beside(needs, [shard])
             wrong = read_shard(transport, path, manifest, owned, shard, room)
             took_s = slowest(transport, time.perf_counter() - started)
             return shard, (gather_metrics(transport, shard.cache.nbytes, 0), took_s), wrong

@@ -314,3 +314,21 @@ def test_scratch_is_gone_with_the_runtime(tmp_path):
     assert shutil.disk_usage(tmp_path).used and any(tmp_path.rglob("*.safetensors"))
     ring.close()
     assert not list(tmp_path.iterdir()) and kept
+
+
+def test_loading_takes_no_more_than_there_is(tmp_path):
+    """gemma2 has pages of two kinds: room for an answer to one must not be the other's."""
+    folder = tiny_folder("gemma2")
+    ring = runtime(folder, CacheConfig(reuse=False))
+    ring.save(ring.encode(documents(1)[0]), str(tmp_path))
+    loaded = 0
+    for tokens in range(30, 110, 2):
+        small = runtime(folder, budget(tokens))
+        try:
+            document = small.load(str(tmp_path))
+            loaded += 1
+            check(small, folder, document)
+        except UserError as error:
+            assert error.key == "cache.max_bytes"  # noqa: PT017
+        within(small)
+    assert 0 < loaded < 40
