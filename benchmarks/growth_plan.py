@@ -17,7 +17,9 @@ HEADS, KV_HEADS, DIM, ITEM_BYTES = 4, 2, 64, 4
 LAYERS, INTERMEDIATE = 2, 768
 # of star, whatever the length: what is fixed for its cost to be linear
 BLOCK = 1024
-COSTS = Costs(HEADS, KV_HEADS, DIM, ITEM_BYTES)
+COSTS = Costs(
+    heads=HEADS, head_dim=DIM, itemsize=ITEM_BYTES, kv_bytes=2 * KV_HEADS * DIM * ITEM_BYTES
+)
 
 
 @dataclass(frozen=True, slots=True)

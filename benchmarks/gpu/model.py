@@ -23,9 +23,10 @@ from benchmarks.gpu.encode import backends, thousands
 from benchmarks.gpu.timing import Bench, Row, Section, relative_error
 from ringattn import RingStrategy
 from ringstar.engine import RankEngine
-from ringstar.models import quiet_transformers
+from ringstar.models import quiet_transformers, run_once
 from ringstar.models.attention import NAME
 from ringstar.models.bind import bind
+from ringstar.paging import PagePool, Storage
 from ringstar.shard import TextShard
 from seqpar import ThreadWorld, Transport
 
@@ -180,7 +181,8 @@ def _ours(
 
         def work(kernel: str = kernel, chunk: int = chunk) -> Row:
             ranks = ThreadWorld(1, device=device)
-            engine = RankEngine(bound, ranks.transports[0], kernel, answer_tokens=64)
+            pool = PagePool(run_once(bound), Storage(bound.dtype, device), page_tokens=64)
+            engine = RankEngine(bound, ranks.transports[0], pool, kernel, answer_tokens=64)
             # two whole chunks: the kernels for a past are compiled too, at the sizes to come
             _encoded(ranks, engine, chunk, ids[: 2 * chunk])
             logits = _scored(ranks, engine, chunk, ids[: sizes.warm])
@@ -230,7 +232,9 @@ def _logits(model: Any, ids: list[int]) -> Tensor:
 def _encoded(ranks: ThreadWorld, engine: RankEngine, chunk: int, ids: list[int]) -> TextShard:
     def encode(transport: Transport) -> TextShard:
         strategy = RingStrategy(transport, layout="contiguous", chunk_tokens=chunk)
-        return engine.encode([ids], strategy, lambda _: None)[0][0]
+        shard = engine.new_text()
+        engine.encode([shard], [ids], strategy, lambda _: None)
+        return shard
 
     return ranks.run(encode)[0]
 

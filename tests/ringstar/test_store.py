@@ -194,7 +194,7 @@ def rewritten(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "written by a newer ringstar, in format 2, not 1"),
+        ({"version": 3}, "written by a newer ringstar, in format 3, not 2"),
         ({"format": "a cake"}, "it is not that of a ringstar document"),
         ({"data": "../elsewhere"}, "it names the folder '../elsewhere'"),
         ({"data": "/etc"}, "it names the folder '/etc'"),
@@ -218,6 +218,15 @@ def test_manifests_of_something_else_are_refused(changes, message, saved):
     rewritten(saved, **({"parts": [{**part, **of_part}]} if of_part else {}), **changes)
     with pytest.raises(UserError, match=r"document\.load=.*" + message):
         reload(saved)
+
+
+def test_the_format_before_had_no_form_of_kv(saved):
+    file = saved / manifests.NAME
+    body = json.loads(file.read_bytes())
+    del body["kv"]
+    file.write_text(json.dumps(body))
+    rewritten(saved, version=1)
+    assert len(reload(saved)) == 2
 
 
 def test_a_length_claimed_in_a_header_is_not_believed(saved):

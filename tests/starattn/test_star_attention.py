@@ -147,7 +147,8 @@ def test_the_broadcast_is_hidden_behind_the_blocks_own_attention(block_s, transf
     world = ThreadWorld(WORLD, link=link, threads_per_rank=1)
     # the best of three: other processes only make it longer
     took = min(max(world.run(lambda t: one_layer(t, block_s, 0.1))) for _ in range(3))
-    assert max(block_s, transfer_s) + 0.1 <= took <= 1.15 * max(block_s, transfer_s) + 0.15
+    # sleeping threads wake a little early by this clock
+    assert max(block_s, transfer_s) + 0.098 <= took <= 1.15 * max(block_s, transfer_s) + 0.15
 
 
 def recorded(transport):
