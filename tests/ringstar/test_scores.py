@@ -17,7 +17,7 @@ from ringstar import LongContext, Score, UserError, scores
 from ringstar.config import Config, ModelConfig, StarConfig
 from seqpar.process import ProcessWorld
 from tests.support.chat import LINES, chat_folder
-from tests.support.models import DYNAMIC, FAMILIES, OTHERS, eager, random_ids, tiny_folder
+from tests.support.models import DYNAMIC, FAMILIES, OTHERS, eager, fresh, random_ids, tiny_folder
 from tests.support.ranks import in_processes
 from tests.support.star_oracle import Anchored, anchored, first_anchor, kept_kv, star
 
@@ -40,7 +40,7 @@ def runtime(folder: str, world: int, layout: str = "zigzag", chunk_tokens: int =
 @torch.inference_mode()
 def wanted(folder: str, ids: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of `ids[start:]` on one device, and which were its first choice."""
-    logits = eager(folder)(torch.tensor([ids[:-1]])).logits[0, start - 1 :].double()
+    logits = fresh(folder)(torch.tensor([ids[:-1]])).logits[0, start - 1 :].double()
     target = torch.tensor(ids[start:])
     return logits.log_softmax(-1)[range(len(target)), target], logits.argmax(-1) == target
 
@@ -269,11 +269,9 @@ def test_a_window_has_forgotten_what_the_last_token_saw():
 def test_rope_by_length_is_that_of_the_text_that_is_read():
     folder, ids = tiny_folder("llama", **DYNAMIC), random_ids(90)
     ours = runtime(folder, 2, allow_beyond_limit=True)
-    eager(folder)(torch.tensor([[0]]))  # frequencies that a longer text left are forgotten
     check(ours.score_text(ids), folder, ids, 1)
     (score,) = ours.score(ids[:80], [ids[80:]])
-    eager(folder)(torch.tensor([[0]]))
-    logits = eager(folder)(torch.tensor([ids[:-1]])).logits[0, 79:]
+    logits = fresh(folder)(torch.tensor([ids[:-1]])).logits[0, 79:]
     _near(score, logits, ids[80:])
     with pytest.raises(UserError, match="depends on the length of the text"):
         ours.score(ours.encode(ids[:80]), [ids[80:]])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.support.models import eager
+from tests.support.models import fresh
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,9 @@ def _forward(
     """
     own, held = len(tokens), cache.get_seq_length()
     if length is not None:
-        _forget_longer_texts(folder, dtype)
         tokens, positions = (*tokens, 0), (*positions, length - 1)
     visible = torch.ones(len(tokens), held + len(tokens), dtype=torch.bool).tril(held)
-    logits_TV = eager(folder, dtype)(
+    logits_TV = fresh(folder, dtype)(
         torch.tensor([tokens]),
         attention_mask=_additive(visible, dtype),
         position_ids=torch.tensor([list(positions)]),
@@ -170,11 +169,6 @@ def _forward(
     if len(tokens) > own:
         cache.crop(own - len(tokens))  # so many back
     return logits_TV[:own]
-
-
-def _forget_longer_texts(folder: str, dtype: torch.dtype) -> None:
-    """Frequencies of `dynamic` rope fall as texts grow; only a short text puts them back."""
-    eager(folder, dtype)(torch.tensor([[0]]), use_cache=False)
 
 
 def _additive(visible_TK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,7 +190,6 @@ def star_in_one_forward(
     No cache: one row holds every anchor, every block and the question, and a mask says who sees
     whom.  Rope that depends on the length sees that of the whole text by itself.
     """
-    _forget_longer_texts(folder, dtype)
     rows: list[tuple[Sequence[int], Sequence[int], int, bool]] = []
     for number, block in enumerate(blocks):
         own = range(block.start, block.stop)
@@ -208,7 +201,7 @@ def star_in_one_forward(
     dropped = torch.tensor([is_anchor for tokens, _, _, is_anchor in rows for _ in tokens])
     asks = owners[:, None] == len(blocks)
     visible = ((owners[:, None] == owners) | (asks & ~dropped)).tril()
-    logits_TV = eager(folder, dtype)(
+    logits_TV = fresh(folder, dtype)(
         torch.tensor([[token for tokens, *_ in rows for token in tokens]]),
         attention_mask=_additive(visible, dtype),
         position_ids=torch.tensor([[position for _, at, *_ in rows for position in at]]),
