@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch.inputs import is_ids
 from launch.lines import LineLog, line_of, whole_lines
-from launch.outputs import config_path, resolved_config, write_file
+from launch.outputs import check_begun_alike, write_config
 from launch.questions import RESULT_FIELDS, Question
 from ringstar.answers import Answer
 from ringstar.config import AskConfig
 from ringstar.errors import UserError
 
-# sections of the config that answers depend on
-_DECIDES = ("model", "rope", "strategy", "document", "generation", "questions")
+# sections and options of the config that answers depend on
+_DECISIVE = ("model", "rope", "strategy", "document", "generation", "questions", "cache.dtype")
 
 
 def answered(config: AskConfig, questions: Sequence[Question]) -> list[list[int]]:
@@ -39,7 +36,7 @@ def answered(config: AskConfig, questions: Sequence[Question]) -> list[list[int]
         why = f"has {len(lines)} answers to {len(questions)} questions"
         raise UserError("output.path", path, why)
     if lines:
-        _check_config(config, path)
+        check_begun_alike(config, path, _DECISIVE)
     return [json.loads(text)["answer_ids"] for text in lines]
 
 
@@ -54,21 +51,6 @@ def _answers(text: str, question: Question) -> bool:
     return kept == question.line
 
 
-def _check_config(config: AskConfig, path: str) -> None:
-    """Raise UserError if the answers that are there were made with other settings."""
-    beside = config_path(path)
-    try:
-        before = yaml.safe_load(beside.read_text())
-        changed = [name for name in _DECIDES if before[name] != asdict(config)[name]]
-        if before["cache"]["dtype"] != config.cache.dtype:
-            changed.append("cache.dtype")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        changed = [beside.name]
-    if changed:
-        why = f"was begun with another {changed[0]} ({beside.name}); give another output.path"
-        raise UserError("output.path", path, why)
-
-
 class AnswerLog:
     """Where answers go: `output.path`, or standard output; rank 0 has one."""
 
@@ -77,7 +59,7 @@ class AnswerLog:
         path = config.output.path
         if path is None:
             return
-        write_file("output.path", config_path(path), resolved_config(config))
+        write_config(config, path)
         self._file = LineLog(path)
 
     def add(self, line: dict[str, Any], answer: Answer) -> None:

@@ -16,15 +16,11 @@ or "text", "context_ids", "load" in place of "path"; each question then has "doc
 
 from __future__ import annotations
 
-import os
-import signal
+from launch.interrupts import quiet_interrupts
 
-if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is quiet meanwhile too
-    # a rank waits in native code, where Python would not hear it
-    _quiet = signal.SIG_DFL if "RANK" in os.environ else lambda *_: os._exit(130)
-    signal.signal(signal.SIGINT, _quiet)
+if __name__ == "__main__":  # the imports below take seconds
+    quiet_interrupts()
 
-import io
 import json
 import logging
 import sys
@@ -32,24 +28,25 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from launch.answers import AnswerLog, answered
-from launch.faults import DONE, leave
-from launch.generate import check_document_request, encoded_document, print_piece, show_choices
+from launch.encode import encoded_document
 from launch.help import help_text
 from launch.inputs import STDIN, Request, check_one_reader, read_context
 from launch.library import Entry, Library, Turn, read_entries
 from launch.options import ASK
+from launch.outputs import check_writable
 from launch.questions import ONLY, Question, read_questions, typed_lines
-from launch.start import RankCommand
+from launch.start import RankCommand, run_program
+from launch.streams import print_piece
+from launch.weights import usable_model
 from ringstar.answers import Answer
 from ringstar.config import AskConfig
 from ringstar.errors import UserError
 from ringstar.exchange import text_of_rank_0
 from ringstar.models import ModelFiles
-from ringstar.ranks import check_ranks, make_ranks, under_torchrun, world_size_of
+from ringstar.ranks import make_ranks, world_size_of
 from ringstar.runtime import LongContext
 
 log = logging.getLogger("ringstar")
@@ -57,10 +54,14 @@ log = logging.getLogger("ringstar")
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, start ranks if asked to, answer; returns the exit status."""
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(__doc__ or "", ASK))
-        return DONE
-    return RankCommand("launch.ask", ASK.parse, check_request, run_rank).main(arguments)
+    command = RankCommand(
+        "launch.ask",
+        ASK.parse,
+        check_request,
+        run_rank,
+        help=lambda: help_text(__doc__ or "", ASK),
+    )
+    return command.main(arguments)
 
 
 def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list[Question]]:
@@ -70,7 +71,8 @@ def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list
     if config.questions.path is None and (several or config.document.path == STDIN):
         what = "each names its document" if several else "standard input is the document"
         raise UserError("questions.path", None, f"needed: {what}")
-    files = check_document_request(config)
+    check_writable(config)
+    files = usable_model(config)
     entries = _entries(config, files)
     questions: list[Question] = []
     if config.questions.path is not None:
@@ -94,13 +96,8 @@ def _entries(config: AskConfig, files: ModelFiles) -> dict[str, Entry]:
 
 def run_rank(config: AskConfig, phases: Any) -> None:
     """What every rank does: connect, encode or load, answer; rank 0 reads and writes."""
-    show_choices()
-    check_ranks(config)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a letter that it cannot show ends no run
     files, entries, questions = check_request(config)
-    ranks, why = make_ranks(config.transport, phases)
-    runtime = LongContext(config, files, ranks, why)
+    runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     longest: dict[str, int] = {}
     for question in questions:
         longest[question.document] = max(longest.get(question.document, 0), len(question.ids))
@@ -174,7 +171,4 @@ def _of_rank_0(runtime: LongContext, text: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    if not under_torchrun():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_grad_enabled(False)
-    leave(main(sys.argv[1:]))
+    run_program(main)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from launch.compare_measure import Measured
@@ -15,11 +14,6 @@ from launch.compare_result import mean, recall_by_depth
 _COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _MARKERS, _LINES = "osD^vPX", ("-", "--", "-.", ":")
 _LEAST_KL = 1e-9  # a logarithmic axis has no 0; rounding alone is about as much
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is there."""
-    return find_spec("matplotlib") is not None
 
 
 def draw(plan: Plan, found: Sequence[Measured]) -> bytes:

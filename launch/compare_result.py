@@ -10,6 +10,7 @@ from typing import Any
 from launch.compare_measure import Divergence, Finding, Measured
 from launch.compare_needles import Haystack
 from launch.compare_plan import Plan
+from launch.result_fields import runtime_fields
 from ringstar.answers import Answer
 from ringstar.runtime import LongContext
 from ringstar.strategies import blocks_of
@@ -86,11 +87,7 @@ def result_of(runtime: LongContext, plan: Plan, found: Sequence[Measured]) -> di
     world, exact = runtime.world_size, found[0]
     return {
         "document_tokens": len(plan.document),
-        "world_size": world,
-        "transport": runtime.transport,
-        "kernel": runtime.kernel,
-        "dtype": str(runtime.dtype).removeprefix("torch."),
-        "device": str(runtime.device),
+        **runtime_fields(runtime),
         "encodes": plan.encodes,
         "questions": [{"text": q.text, "query_tokens": len(q.ids)} for q in plan.questions],
         "passages": [

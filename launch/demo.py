@@ -12,6 +12,11 @@ is 0 only if every answer of the ring is the same there, and right.
 
 from __future__ import annotations
 
+from launch.interrupts import quiet_interrupts
+
+if __name__ == "__main__":  # the imports below take seconds
+    quiet_interrupts()
+
 import json
 import statistics
 import sys
@@ -27,16 +32,15 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from launch.demo_text import FACTS, demo_document
-from launch.faults import DONE, FAULT, Reporter, exit_status, leave
-from launch.generate import show_choices
+from launch.faults import DONE, FAULT, Reporter, exit_status
 from launch.options import parse
 from launch.progress import encode_bar
 from launch.ranks import join_launcher, start_ranks
-from launch.start import check_launch
+from launch.start import begin_rank, check_launch, run_program
 from ringstar.config import Config, RingConfig, StarConfig, StrategyConfig
 from ringstar.models import ModelFiles, choose_dtype, find_model, quiet_transformers
 from ringstar.models.one_device import OneDevice, PlainAnswer
-from ringstar.ranks import check_ranks, make_ranks, under_torchrun
+from ringstar.ranks import make_ranks, under_torchrun
 from ringstar.runtime import LongContext
 
 TOKENS = 6000
@@ -105,8 +109,7 @@ def _write_request(files: ModelFiles, folder: Path) -> dict[str, Any]:
 
 
 def _answer_as_rank(config: Config, phases: Any) -> None:
-    show_choices()
-    check_ranks(config)
+    begin_rank(config)
     request = json.loads(Path(config.document.ids_path or "").read_text())
     runtime = LongContext(config, find_model(config.model), *make_ranks(config.transport, phases))
     runs: dict[str, Any] = {}
@@ -239,5 +242,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    leave(main(sys.argv[1:]))
+    run_program(main)

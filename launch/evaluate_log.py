@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import yaml
 
 from launch.evaluate_plan import Plan
 from launch.lines import LineLog, whole_lines
-from launch.outputs import config_path, resolved_config, write_file
+from launch.outputs import check_begun_alike, write_config
 from ringstar.config import EvaluationConfig
 from ringstar.errors import UserError
 
 # what a sample and its answer are called by
 Key = tuple[str, int, float | None, int, str]
+# sections and options of the config that samples and scores depend on
+_DECISIVE = ("model", "rope", "evaluate.seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,6 @@ class Scored:
         return self.task, self.length, self.depth, self.index, self.strategy
 
 
-_FIELDS = {field.name for field in fields(Scored)}
-
-
 def samples_path(path: str) -> Path:
     """Where samples go: beside the result."""
     return Path(path).expanduser().with_suffix(".samples.jsonl")
@@ -73,7 +70,7 @@ def scored_before(config: EvaluationConfig, plan: Plan) -> list[Scored]:
         for number, text in enumerate(whole_lines(samples_path(path)), 1)
     ]
     if lines:
-        _check_config(config, path)
+        check_begun_alike(config, path, _DECISIVE)
         _check_samples(config, plan, lines)
     return lines
 
@@ -85,21 +82,6 @@ def _scored(path: str, number: int, text: str) -> Scored:
         where = f"{samples_path(path)}:{number}"
         why = "is no sample of an evaluation; give another output.path"
         raise UserError("output.path", where, why) from error
-
-
-def _check_config(config: EvaluationConfig, path: str) -> None:
-    """Raise UserError if the samples that are there were scored with another model."""
-    beside = config_path(path)
-    try:
-        before = yaml.safe_load(beside.read_text())
-        wrong = [name for name in ("model", "rope") if before[name] != vars(config)[name].__dict__]
-        if before["evaluate"]["seed"] != config.evaluate.seed:
-            wrong.append("evaluate.seed")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        wrong = [beside.name]
-    if wrong:
-        why = f"was begun with another {wrong[0]} ({beside.name}); give another output.path"
-        raise UserError("output.path", path, why)
 
 
 def _check_samples(config: EvaluationConfig, plan: Plan, lines: Iterable[Scored]) -> None:
@@ -123,7 +105,7 @@ class SampleLog:
         self.lines, self._file = [*before], None
         path = config.output.path
         if path is not None:
-            write_file("output.path", config_path(path), resolved_config(config))
+            write_config(config, path)
             self._file = LineLog(samples_path(path))
 
     def add(self, line: Scored) -> None:

@@ -9,6 +9,7 @@ from launch.evaluate_plan import Cell, Plan
 from launch.evaluate_prompt import prompt_ids
 from launch.evaluate_star import Contender
 from launch.progress import TOKENS_OF_A_STEP, WorkBar
+from launch.result_fields import runtime_fields
 from ringstar.answers import Answer
 from ringstar.evaluation import Sample, score
 from ringstar.runtime import Document, LongContext
@@ -90,7 +91,6 @@ class Measurement:
         document: Document,
         answer: Answer,
     ) -> Scored:
-        runtime = self._runtime
         return Scored(
             task=cell.task.name,
             length=cell.length,
@@ -113,9 +113,5 @@ class Measurement:
             tpot_s=answer.tpot_s,
             kv_bytes=max(document.metrics.kv_bytes),
             bytes_sent=max(document.metrics.bytes_sent),
-            world_size=runtime.world_size,
-            transport=runtime.transport,
-            kernel=runtime.kernel,
-            dtype=str(runtime.dtype).removeprefix("torch."),
-            device=str(runtime.device),
+            **runtime_fields(self._runtime),
         )

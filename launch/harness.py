@@ -16,14 +16,12 @@ last harness.query_tokens of a context are read with exact attention to all of i
 
 from __future__ import annotations
 
+from launch.interrupts import quiet_interrupts
+
+if __name__ == "__main__":  # the imports below take seconds
+    quiet_interrupts()
+
 import os
-import signal
-
-if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is quiet meanwhile too
-    # a rank waits in native code, where Python would not hear it
-    _quiet = signal.SIG_DFL if "RANK" in os.environ else lambda *_: os._exit(130)
-    signal.signal(signal.SIGINT, _quiet)
-
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -33,19 +31,15 @@ from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from launch.faults import DONE, leave
-from launch.generate import show_choices
 from launch.help import help_text
 from launch.options import HARNESS
-from launch.start import RankCommand
-from launch.weights import check_weights
+from launch.start import RankCommand, run_program
+from launch.weights import usable_model
 from ringstar.config import HarnessConfig
 from ringstar.errors import UserError
-from ringstar.models import ModelFiles, find_model, quiet_transformers
-from ringstar.ranks import check_ranks, make_ranks, under_torchrun
-from ringstar.runtime import LongContext, choose_kernel
+from ringstar.models import ModelFiles
+from ringstar.ranks import make_ranks, under_torchrun
+from ringstar.runtime import LongContext
 
 NO_LM_EVAL = "is not installed: pip install 'ringstar[lm-eval]'"
 _REPORT = "launch.report="  # which the launcher appends
@@ -54,14 +48,12 @@ _REPORT = "launch.report="  # which the launcher appends
 def main(arguments: Sequence[str]) -> int:
     """Parse, start ranks if asked to, evaluate; returns the exit status."""
     own, theirs = split(arguments)
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(__doc__ or "", HARNESS))
-        return DONE
     command = RankCommand(
         "launch.harness",
         lambda _: HARNESS.parse(own),
         partial(check_request, theirs),
         partial(run_rank, theirs),
+        help=lambda: help_text(__doc__ or "", HARNESS),
     )
     return command.main(arguments)
 
@@ -78,11 +70,7 @@ def check_request(theirs: Sequence[str], config: HarnessConfig) -> tuple[ModelFi
     """All that can be found wrong before ranks start and weights load."""
     if find_spec("lm_eval") is None:
         raise UserError("lm-eval", None, NO_LM_EVAL)
-    quiet_transformers()
-    files = find_model(config.model, config.rope)
-    if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
-        choose_kernel(config, files, torch.device("cpu"))
-    check_weights(files)
+    files = usable_model(config)
     if files.tokenizer is None:
         raise UserError("model.path", files.folder, "has no tokenizer, and tasks are text")
     return files, parsed(theirs, files)
@@ -112,13 +100,10 @@ def parsed(theirs: Sequence[str], files: ModelFiles) -> Namespace:
 
 def run_rank(theirs: Sequence[str], config: HarnessConfig, phases: Any) -> None:
     """What every rank does: connect, and run all of lm-eval; rank 0 prints and writes."""
-    from ringstar.harness import RingstarLM
-
-    show_choices()
-    check_ranks(config)
     files, arguments = check_request(theirs, config)
-    ranks, why = make_ranks(config.transport, phases)
-    runtime = LongContext(config, files, ranks, why)
+    from ringstar.harness import RingstarLM  # lm-eval is installed
+
+    runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     chosen = {key: value for key, value in vars(config.harness).items() if value is not None}
     arguments.model = RingstarLM(runtime=runtime, **chosen)
     with _alone(arguments, speaks=runtime.rank == 0):
@@ -140,7 +125,4 @@ def _alone(arguments: Namespace, *, speaks: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    if not under_torchrun():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_grad_enabled(False)
-    leave(main(sys.argv[1:]))
+    run_program(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,22 @@ from safetensors.torch import save
 from torch import Tensor
 
 from launch.faults import Fault
-from ringstar.config import Config, OutputConfig
+from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.files import write_atomically
+from ringstar.store import check_place
 
 
-def check_writable(output: OutputConfig) -> None:
+def check_writable(config: Config) -> None:
     """Raise UserError now for what could not be written after a long run."""
+    output = config.output
     for key, value in (("output.path", output.path), ("output.first_logits", output.first_logits)):
         if value is not None:
             check_file(key, value)
     if output.path and output.first_logits and _same(output.path, output.first_logits):
         raise UserError("output.first_logits", output.first_logits, "is output.path too")
+    if config.document.save is not None:
+        check_place("document.save", config.document.save)
 
 
 def check_file(key: str, value: str) -> None:
@@ -43,19 +48,49 @@ def config_path(path: str) -> Path:
     return Path(path).expanduser().with_suffix(".config.yaml")
 
 
-def write_results(config: Config, result: dict[str, Any], first_logits_V: Tensor) -> None:
-    """The result, the resolved config beside it, and the first token's logits.
+def write_result(config: Config, result: dict[str, Any]) -> None:
+    """The result as JSON, and the resolved config beside it; nothing without output.path.
 
-    Raises Fault, naming the option, for what cannot be written.
+    Raises Fault, naming the option, for what cannot be written; so do the others.
     """
-    output = config.output
-    if output.path:
+    if config.output.path:
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-        write_file("output.path", output.path, text)
-        write_file("output.path", config_path(output.path), resolved_config(config))
-    if output.first_logits:
+        write_file("output.path", config.output.path, text)
+        write_config(config, config.output.path)
+
+
+def write_config(config: Config, path: str) -> None:
+    """The resolved config beside what goes to `path`."""
+    write_file("output.path", config_path(path), resolved_config(config))
+
+
+def write_logits(config: Config, first_logits_V: Tensor) -> None:
+    """The first token's logits, if they were asked for."""
+    if config.output.first_logits:
         content = save({"first_token_logits": first_logits_V.contiguous()})
-        write_file("output.first_logits", output.first_logits, content)
+        write_file("output.first_logits", config.output.first_logits, content)
+
+
+def check_begun_alike(config: Config, path: str, decisive: Sequence[str]) -> None:
+    """Raise UserError if what is in `path` was begun with other settings.
+
+    `decisive` are the keys or sections that must be the same in the resolved config beside it.
+    """
+    beside, now = config_path(path), asdict(config)
+    try:
+        before = yaml.safe_load(beside.read_text())
+        changed = [key for key in decisive if _option(before, key) != _option(now, key)]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        changed = [beside.name]
+    if changed:
+        why = f"was begun with another {changed[0]} ({beside.name}); give another output.path"
+        raise UserError("output.path", path, why)
+
+
+def _option(options: Any, key: str) -> Any:
+    for name in key.split("."):
+        options = options[name]
+    return options
 
 
 def resolved_config(config: Config) -> str:

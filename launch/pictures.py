@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from launch.compare_picture import can_draw
 from launch.outputs import check_file
 from ringstar.errors import UserError
 
 NO_MATPLOTLIB = "matplotlib is not installed: pip install 'ringstar[plots]'"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there."""
+    return find_spec("matplotlib") is not None
 
 
 def picture_path(asked: str | None, output: str | None) -> str | None:

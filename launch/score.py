@@ -18,15 +18,11 @@ a token is given what its block sees, a continuation all that is kept.
 
 from __future__ import annotations
 
-import os
-import signal
+from launch.interrupts import quiet_interrupts
 
-if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C is quiet meanwhile too
-    # a rank waits in native code, where Python would not hear it
-    _quiet = signal.SIG_DFL if "RANK" in os.environ else lambda *_: os._exit(130)
-    signal.signal(signal.SIGINT, _quiet)
+if __name__ == "__main__":  # the imports below take seconds
+    quiet_interrupts()
 
-import io
 import json
 import logging
 import sys
@@ -34,25 +30,23 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from launch.faults import DONE, leave
-from launch.generate import print_piece, show_choices
 from launch.help import help_text
 from launch.options import SCORE
-from launch.outputs import check_writable, config_path, resolved_config, write_file
+from launch.outputs import check_writable, write_config, write_file, write_result
 from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
 from launch.progress import encode_bar
 from launch.score_picture import draw
 from launch.score_plan import Plan, make_plan
 from launch.score_result import line_of, result_of, table
-from launch.start import RankCommand
-from launch.weights import check_weights
+from launch.start import RankCommand, run_program
+from launch.streams import print_piece
+from launch.weights import usable_model
 from ringstar.config import ScoreConfig
-from ringstar.models import ModelFiles, find_model, quiet_transformers
-from ringstar.ranks import check_ranks, make_ranks, under_torchrun
-from ringstar.runtime import Document, LongContext, choose_kernel
+from ringstar.models import ModelFiles
+from ringstar.ranks import make_ranks
+from ringstar.runtime import Document, LongContext
 from ringstar.scores import Score
 
 log = logging.getLogger("ringstar")
@@ -60,20 +54,20 @@ log = logging.getLogger("ringstar")
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, start ranks if asked to, score; returns the exit status."""
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(__doc__ or "", SCORE))
-        return DONE
-    return RankCommand("launch.score", SCORE.parse, check_request, run_rank).main(arguments)
+    command = RankCommand(
+        "launch.score",
+        SCORE.parse,
+        check_request,
+        run_rank,
+        help=lambda: help_text(__doc__ or "", SCORE),
+    )
+    return command.main(arguments)
 
 
 def check_request(config: ScoreConfig) -> tuple[ModelFiles, Plan]:
     """All that can be found wrong before ranks start and weights load."""
-    quiet_transformers()
-    check_writable(config.output)
-    files = find_model(config.model, config.rope)
-    if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
-        choose_kernel(config, files, torch.device("cpu"))
-    check_weights(files)
+    check_writable(config)
+    files = usable_model(config)
     plan = make_plan(config, files)
     if not plan.continuations:
         check_picture("score.picture", config.score.picture, config.output.path)
@@ -82,13 +76,8 @@ def check_request(config: ScoreConfig) -> tuple[ModelFiles, Plan]:
 
 def run_rank(config: ScoreConfig, phases: Any) -> None:
     """What every rank does: connect, score; rank 0 prints and writes."""
-    show_choices()
-    check_ranks(config)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a letter that it cannot show ends no run
     files, plan = check_request(config)
-    ranks, why = make_ranks(config.transport, phases)
-    runtime = LongContext(config, files, ranks, why)
+    runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     if plan.continuations:
         _score_continuations(config, runtime, plan)
     else:
@@ -107,7 +96,8 @@ def _score_continuations(config: ScoreConfig, runtime: LongContext, plan: Plan) 
         if first and path is None:
             print_piece(lines[-1])
     if first and path is not None:
-        _write(config, "".join(lines))
+        write_file("output.path", path, "".join(lines))
+        write_config(config, path)
         log.info(f"{len(lines)} continuations scored, in {path}")
 
 
@@ -134,16 +124,8 @@ def _score_document(config: ScoreConfig, runtime: LongContext, plan: Plan) -> No
         return
     result = result_of(config, runtime, plan, score, seconds)
     print_piece(table(result))
-    if config.output.path is not None:
-        _write(config, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_result(config, result)
     _draw(config, runtime, score)
-
-
-def _write(config: ScoreConfig, text: str) -> None:
-    path = config.output.path
-    assert path is not None
-    write_file("output.path", path, text)
-    write_file("output.path", config_path(path), resolved_config(config))
 
 
 def _draw(config: ScoreConfig, runtime: LongContext, score: Score) -> None:
@@ -156,7 +138,4 @@ def _draw(config: ScoreConfig, runtime: LongContext, score: Score) -> None:
 
 
 if __name__ == "__main__":
-    if not under_torchrun():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_grad_enabled(False)
-    leave(main(sys.argv[1:]))
+    run_program(main)

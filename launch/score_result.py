@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.result_fields import runtime_fields, strategy_fields
 from launch.score_plan import Continuation, Plan
 from ringstar.config import ScoreConfig
 from ringstar.runtime import LongContext
 from ringstar.scores import Score
-from ringstar.strategies import blocks_of
 
 # where standard output is no terminal
 _WIDTH = 100
@@ -37,8 +37,7 @@ def result_of(
     config: ScoreConfig, runtime: LongContext, plan: Plan, score: Score, seconds: float
 ) -> dict[str, Any]:
     """The result JSON of a document by itself."""
-    strategy, tokens = config.strategy, len(plan.document)
-    blocks = blocks_of(strategy, tokens - 1, runtime.world_size)  # the last is not read
+    tokens = len(plan.document)
     return {
         "tokens": tokens,
         "scored_tokens": len(score.ids),
@@ -50,15 +49,8 @@ def result_of(
             {"tokens": end, "perplexity": value}
             for end, value in score.perplexities(config.score.pieces)
         ],
-        "strategy": strategy.name,
-        "layout": getattr(strategy, "layout", None),
-        "block_size": blocks.size if blocks else None,
-        "anchor_size": blocks.anchor if blocks else None,
-        "world_size": runtime.world_size,
-        "transport": runtime.transport,
-        "kernel": runtime.kernel,
-        "dtype": str(runtime.dtype).removeprefix("torch."),
-        "device": str(runtime.device),
+        **strategy_fields(config.strategy, tokens - 1, runtime.world_size),  # the last is not read
+        **runtime_fields(runtime),
         "seconds": seconds,
         "token_ids": score.ids,
         "logprobs": score.logprobs.tolist(),

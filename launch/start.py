@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-from launch.faults import DONE, Reporter, exit_status
+import torch
+
+from launch.faults import DONE, Reporter, exit_status, leave
 from launch.inputs import standard_input_kept
 from launch.ranks import join_launcher, start_ranks
+from launch.streams import print_every_letter, show_choices
 from ringstar.config import Config
 from ringstar.errors import UserError
-from ringstar.ranks import check_gpus, check_strategy, under_torchrun
+from ringstar.ranks import check_gpus, check_ranks, check_strategy, under_torchrun
 from ringstar.trace import check_profile
 
 C = TypeVar("C", bound=Config)
@@ -23,16 +28,20 @@ class RankCommand(Generic[C]):
     """A command as `python -m module`.
 
     `check` finds what is wrong before ranks start; `run` is what each rank does, given the store
-    in which it publishes its phases, if the launcher made one.
+    in which it publishes its phases, if the launcher made one.  `help` makes the text of --help.
     """
 
     module: str
     parse: Callable[[Sequence[str]], C]
     check: Callable[[C], object]
     run: Callable[[C, Any], None]
+    help: Callable[[], str]
 
     def main(self, arguments: Sequence[str]) -> int:
         """Returns the exit status; prints one line for what went wrong."""
+        if {"-h", "--help"} & set(arguments):
+            print(self.help())
+            return DONE
         reporter = Reporter(int(os.environ.get("RANK", "0")))
         return exit_status(lambda: self._start(arguments, reporter), reporter)
 
@@ -43,6 +52,7 @@ class RankCommand(Generic[C]):
             reporter.store = join_launcher(config.launch.report)
         check_launch(config)
         if not config.launch.nproc or under_torchrun():
+            begin_rank(config)
             self.run(config, reporter.store)
             return DONE
         with standard_input_kept(config) as (kept, copies):
@@ -50,6 +60,21 @@ class RankCommand(Generic[C]):
             others = [a for a in arguments if a.partition("=")[0] not in copies]
             paths = [f"{key}={path}" for key, path in copies.items()]
             return start_ranks(self.module, [*others, *paths], config.launch.nproc)
+
+
+def run_program(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Make `main` the whole of this process, which ends with the status that it returns."""
+    if not under_torchrun():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_grad_enabled(False)
+    leave(main(sys.argv[1:]))
+
+
+def begin_rank(config: Config) -> None:
+    """What every rank does first, before it reads anything; raises UserError."""
+    show_choices()
+    check_ranks(config)
+    print_every_letter()
 
 
 def check_launch(config: Config) -> None:

@@ -1,16 +1,29 @@
-"""What can be found wrong with stored weights without reading them."""
+"""The model's files, and what can be found wrong with them without reading weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from ringstar.config import Config
 from ringstar.errors import UserError
-from ringstar.models import ModelFiles
+from ringstar.models import ModelFiles, find_model, quiet_transformers
+from ringstar.runtime import choose_kernel
 
 _KINDS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def usable_model(config: Config) -> ModelFiles:
+    """The model's files; raises UserError if it could not be run, before its weights load."""
+    quiet_transformers()
+    files = find_model(config.model, config.rope)
+    if not torch.cuda.is_available():  # ranks with GPUs ask on theirs, before weights load
+        choose_kernel(config, files, torch.device("cpu"))
+    check_weights(files)
+    return files
 
 
 def check_weights(files: ModelFiles) -> None:

@@ -102,20 +102,25 @@ def test_options_in_the_text_exist(page):
 
 
 def test_every_result_field_is_described():
-    source = ast.parse(inspect.getsource(generate.result_of))
-    returned = next(node for node in ast.walk(source) if isinstance(node, ast.Return)).value
-    fields = {key.value for key in returned.keys}
     table = (ROOT / "docs/results.md").read_text().partition("## The resolved")[0]
-    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == fields
+    assert _named(table) == _fields(generate.result_of)
 
 
 def test_every_field_of_a_score_is_described():
     alone, _, continuations = (ROOT / "docs/score.md").read_text().partition("## Continuations")
-    source = ast.parse(inspect.getsource(score_result.result_of))
-    returned = next(node for node in ast.walk(source) if isinstance(node, ast.Return)).value
-    assert _named(alone) == {key.value for key in returned.keys}
+    assert _named(alone) == _fields(score_result.result_of)
     assert _named(continuations) == set(RESULT_FIELDS)
+
+
+def _fields(function):
+    """The keys of the dict that it returns, with those of functions whose dicts it takes over."""
+    source = ast.parse(inspect.getsource(function))
+    returned = next(node for node in ast.walk(source) if isinstance(node, ast.Return)).value
+    fields = {key.value for key in returned.keys if key is not None}
+    for key, value in zip(returned.keys, returned.values, strict=True):
+        if key is None:  # **name(...)
+            fields |= _fields(function.__globals__[value.func.id])
+    return fields
 
 
 def _named(page):

@@ -17,7 +17,7 @@ import pytest
 
 import launch.evaluate
 import launch.start
-from launch.evaluate import main, picture_path
+from launch.evaluate import main, picture_paths
 from launch.evaluate_log import Scored, samples_path
 from launch.evaluate_picture import draw
 from launch.evaluate_plan import make_plan, read_lengths, read_tasks
@@ -418,7 +418,7 @@ def test_help_teaches(capsys):
 
 def test_pictures_need_a_place(tmp_path):
     config = EVALUATE.parse([model(), f"output.path={tmp_path}/x.json"])
-    assert picture_path(config) == tmp_path / "x.png"
-    assert picture_path(EVALUATE.parse([model()])) is None
+    assert picture_paths(config) == (tmp_path / "x.png", tmp_path / "x.depths.png")
+    assert picture_paths(EVALUATE.parse([model()])) is None
     config = EVALUATE.parse([model(), f"evaluate.picture={tmp_path}/y.png"])
-    assert picture_path(config) == tmp_path / "y.png"
+    assert picture_paths(config) == (tmp_path / "y.png", tmp_path / "y.depths.png")

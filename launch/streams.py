@@ -1,0 +1,31 @@
+"""What reaches standard output and standard error while a command runs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+
+
+def show_choices() -> None:
+    """Let rank 0's choices reach standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("ringstar: %(message)s"))
+    logger = logging.getLogger("ringstar")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def print_every_letter() -> None:
+    """A letter that standard output cannot show is replaced, and ends no run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def print_piece(piece: str) -> None:
+    """Print at once; a pipe that nobody reads any more ends no run."""
+    try:
+        print(piece, end="", flush=True)
+    except BrokenPipeError:  # nobody reads any more; the result is still made and written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
