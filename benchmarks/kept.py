@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import circumstances
 from benchmarks.needles import documents, one_trial, read_trials
+from launch.circumstances import circumstances
 from ringstar import CacheConfig, LongContext
 from ringstar.config import ModelConfig
 from ringstar.document import Document

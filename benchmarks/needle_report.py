@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import binomtest
 
-from benchmarks.measure import circumstances
+from launch.circumstances import circumstances
 
 if TYPE_CHECKING:
     from benchmarks.needles import Trial

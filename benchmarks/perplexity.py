@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 
-from benchmarks.measure import circumstances
 from benchmarks.model import PRELOAD, rank_runtime
+from launch.circumstances import circumstances
 from ringstar.config import ModelConfig, RingConfig, StarConfig, StrategyConfig
 from ringstar.models import ModelFiles, find_model, quiet_transformers
 from ringstar.models.one_device import OneDevice

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import circumstances
 from launch import evaluate
+from launch.circumstances import circumstances
 from launch.evaluate_log import scored_before
 from launch.evaluate_picture import draw
 from launch.evaluate_plan import Plan, make_plan

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import attention, documents, growth, growth_report, model, star, trace
-from benchmarks.measure import circumstances
+from launch.circumstances import circumstances
 from ringstar.config import ModelConfig
 from ringstar.models import find_model, quiet_transformers
 

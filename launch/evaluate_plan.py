@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +12,8 @@ from pathlib import Path
 from launch.evaluate_prompt import prompt_ids, token_counter
 from launch.evaluate_star import KEY, Contender, contenders
 from launch.inputs import read_text
-from ringstar.config import EvaluateConfig, EvaluationConfig, token_size
+from launch.sizes import listed, read_lengths
+from ringstar.config import EvaluateConfig, EvaluationConfig
 from ringstar.errors import UserError
 from ringstar.evaluation import (
     BY_DEPTH,
@@ -92,7 +92,7 @@ def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
     given = config.evaluate
     world = config.launch.nproc or world_size_of(config.transport)
     every, why = contenders(given.star, world)
-    lengths, tasks = read_lengths(given.lengths), read_tasks(given.tasks)
+    lengths, tasks = read_lengths("evaluate.lengths", given.lengths), read_tasks(given.tasks)
     for length in lengths:  # before texts of that length are made
         with _blamed_on(length):
             check_fits(replace(config, strategy=every[0].strategy(length)), files, world, length)
@@ -109,31 +109,15 @@ def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
     return plan
 
 
-def read_lengths(text: str) -> list[int]:
-    """`1K, 4K` in ascending order, each once; raises UserError."""
-    try:
-        found = {token_size(word) for word in _listed(text)}
-    except ValueError:
-        found = set()
-    if not found or min(found) <= 0:
-        why = "allowed: numbers of tokens above 0, as 1K,4K,7K"
-        raise UserError("evaluate.lengths", text, why)
-    return sorted(found)
-
-
 def read_tasks(text: str) -> list[Task]:
     """Tasks by name or pattern, in RULER's order; raises UserError."""
-    patterns = _listed(text)
+    patterns = listed(text)
     unknown = next((word for word in patterns if not matching(TASKS, word)), None)
     if unknown is not None or not patterns:
         why = f"{unknown}: no such task; " if unknown else ""
         raise UserError("evaluate.tasks", text, f"{why}allowed: {', '.join(TASKS)}, or patterns")
     chosen = {name for word in patterns for name in matching(TASKS, word)}
     return [task for name, task in TASKS.items() if name in chosen]
-
-
-def _listed(text: str) -> list[str]:
-    return [word for word in re.split(r"[,\s]+", text) if word]
 
 
 def read_material(given: EvaluateConfig) -> Material:

@@ -26,16 +26,17 @@ class Contender:
     label: str
     given: str = ""
     exact: StrategyConfig | None = None
+    key: str = KEY
 
     def strategy(self, tokens: int) -> StrategyConfig:
         """Its settings for a document of `tokens`; raises UserError for what fits no document."""
         if self.exact is not None:
             return self.exact
-        words = [_sized(self.given, word, tokens) for word in self.given.split()]
+        words = [_sized(self.key, self.given, word, tokens) for word in self.given.split()]
         try:
-            return parse_star(" ".join(words), KEY)
+            return parse_star(" ".join(words), self.key)
         except UserError as error:  # as it was written, not as it was sized
-            raise UserError(KEY, self.given, error.allowed) from error
+            raise UserError(self.key, self.given, error.allowed) from error
 
 
 def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:
@@ -43,7 +44,7 @@ def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:
     setting, why = exact_setting(world)
     found = [Contender(EXACT, exact=setting.strategy)]
     for text in given or DEFAULT:
-        star = Contender(_label(text), text)
+        star = Contender(label_of(text), text)
         same = next((other for other in found if other.label == star.label), None)
         if same:
             raise UserError(KEY, text, f"is the same as {same.given}")
@@ -51,15 +52,15 @@ def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:
     return found, why
 
 
-def _label(text: str) -> str:
+def label_of(text: str, key: str = KEY) -> str:
     """Sizes as they were written, and what is not as usual; UserError for what none can mean."""
     # whether sizes fit each other depends on the document, if one is a share of it
-    others = [word for word in text.split() if _sized(text, word, 1) == word]
-    star = parse_star(" ".join(others), KEY) if others or not text.split() else StarConfig()
+    others = [word for word in text.split() if _sized(key, text, word, 1) == word]
+    star = parse_star(" ".join(others), key) if others or not text.split() else StarConfig()
     written = dict(word.partition("=")[::2] for word in text.split())
     sizes = {name: _NAMES.get(size, size) for name, size in written.items() if name in _SIZES}
     if sizes.get("block_size", "null") == "null":
-        raise UserError(KEY, text, "block_size is needed: tokens, or a share as 1/4 or quarter")
+        raise UserError(key, text, "block_size is needed: tokens, or a share as 1/4 or quarter")
     anchor = sizes.get("anchor_size", "null")
     parts = [f"star {sizes['block_size']}"]
     if anchor != "null":
@@ -73,7 +74,7 @@ def _label(text: str) -> str:
     return ", ".join(parts)
 
 
-def _sized(text: str, word: str, tokens: int) -> str:
+def _sized(key: str, text: str, word: str, tokens: int) -> str:
     """`block_size=1/4` with that share of the document's tokens, rounded up; else as it was."""
     name, _, value = word.partition("=")
     value = _NAMES.get(value, value)
@@ -81,5 +82,5 @@ def _sized(text: str, word: str, tokens: int) -> str:
         return word
     share = _SHARE.fullmatch(value)
     if share is None or int(share[1]) > int(share[2]):
-        raise UserError(KEY, text, f"{word}: allowed: tokens as 1K, or a share up to 1, as 1/4")
+        raise UserError(key, text, f"{word}: allowed: tokens as 1K, or a share up to 1, as 1/4")
     return f"{name}={-(-tokens * int(share[1]) // int(share[2]))}"

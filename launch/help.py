@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from launch.options import (
     ASK,
+    BENCH,
     COMPARE,
     EVALUATE,
     GENERATE,
@@ -63,6 +64,7 @@ _MEANING = {
     "generation.top_p": "sample from the likeliest tokens that make up this share",
     "generation.seed": "of the sampling",
     "generation.stop": "a text that ends the answer; may be given several times",
+    "generation.ignore_eos": "end tokens end nothing: all answers are of max_new_tokens",
     "questions.documents_path": 'JSONL, {"document": NAME, "path": FILE} on each line; for several',
     "questions.follow_up": "each question sees those before it, and their answers",
     "questions.path": 'JSONL, {"question": "..."} on each line; unset: they are typed',
@@ -97,6 +99,19 @@ _MEANING = {
     "evaluate.essay_path": "a long UTF-8 text for needles; unset: Python's documentation",
     "evaluate.qa_path": "JSON lines of paragraphs with questions; unset: invented ones",
     "evaluate.picture": "PNG; unset: beside output.path if that is given",
+    "bench.lengths": "tokens of a prompt, as 1K,4K",
+    "bench.worlds": "numbers of ranks, as 1,2,4; unset: 1 and launch.nproc, the GPUs, or 2",
+    "bench.strategy": 'as "ring layout=striped", "star block_size=1/4"; may be given several times',
+    "bench.batches": "prompts of one call, as 1,4",
+    "bench.requests": "measured calls in each cell of the grid",
+    "bench.warm_ups": "calls before them",
+    "bench.new_tokens": "of each answer; end tokens end nothing",
+    "bench.question_tokens": "of a prompt's end that ask about the rest",
+    "bench.seed": "of the prompts, which are random tokens",
+    "bench.peers": "who else is measured: auto (who can run here), all, none, or names; see above",
+    "bench.picture": "PNG; unset: beside output.path if that is given",
+    "bench.against": "a result JSON to compare with; --against FILE is the same",
+    "bench.tolerance": "how much slower than there is still the same",
 }
 _MEANING_OF = {
     ASK.root: {
@@ -115,11 +130,14 @@ _MEANING_OF = {
         "document.ids_path": 'JSON {"context_ids": [...]}; "query_ids" come before continuations',
         "output.path": "of continuations JSONL, a line each; of a document JSON, and the curve",
     },
+    BENCH.root: {
+        "output.path": "JSON of everything; the resolved config and the picture go beside it",
+    },
     EVALUATE.root: {
         "output.path": "NAME.json; samples go to NAME.samples.jsonl, and a stopped run goes on",
     },
 }
-_INTERNAL = {"launch.report"}
+_INTERNAL = {"launch.report", "bench.cells"}
 
 
 def help_text(introduction: str, command: Command = GENERATE) -> str:

@@ -30,6 +30,8 @@ _TEXT_KEYS = {
     *("compare.star", "compare.picture"),
     *("score.continuation", "score.picture"),
     *("evaluate.tasks", "evaluate.lengths", "evaluate.star", "evaluate.picture"),
+    *("bench.lengths", "bench.worlds", "bench.strategy", "bench.batches", "bench.peers"),
+    *("bench.picture", "bench.against", "bench.cells"),
 }
 _PATH_ENDS = ("_path", ".path", ".first_logits", ".save", ".load")
 
@@ -134,6 +136,21 @@ EVALUATE = Command(
     },
 )
 
+_OF_GRID = "prompts are made by bench.lengths, answers are bench.new_tokens long; drop it"
+BENCH = Command(
+    schema.BenchConfig,
+    "bench",
+    GROUPS[1:],
+    frozenset({"bench.strategy"}),
+    {
+        "strategy": 'strategies are written bench.strategy="star block_size=1/4"',
+        **dict.fromkeys(("document", "question", "question_path", "generation"), _OF_GRID),
+        "cache.reuse": "each encode is measured, and starts anew; drop it",
+        "output.first_logits": "answers are measured, logits are not written; drop it",
+        "profile": "recording takes time, and time is measured; launch.generate records",
+    },
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Given:
@@ -217,6 +234,7 @@ def _register_schemas() -> None:
     store.store(group="schema", name="harness", node=schema.HarnessConfig(strategy=MISSING))
     store.store(group="schema", name="score", node=schema.ScoreConfig(strategy=MISSING))
     store.store(group="schema", name="evaluate", node=schema.EvaluationConfig)
+    store.store(group="schema", name="bench", node=schema.BenchConfig)
     store.store(group="schema/strategy", name="dense", node=schema.DenseConfig)
     store.store(group="schema/strategy", name="ring", node=schema.RingConfig)
     store.store(group="schema/strategy", name="star", node=schema.StarConfig)

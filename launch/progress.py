@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-_FORM = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} passed, {remaining} left"
+BAR_FORM = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} passed, {remaining} left"
 # a generated token takes about as long as so many of a document
 TOKENS_OF_A_STEP = 8
 
@@ -22,7 +22,7 @@ def encode_bar(tokens: int, shown: bool = True) -> Iterator[Callable[[float], No
     with tqdm(
         total=100.0,
         desc=f"encode {tokens:,} tokens",
-        bar_format=_FORM,
+        bar_format=BAR_FORM,
         disable=quiet,
         leave=False,
     ) as bar:
@@ -71,7 +71,7 @@ def work_bar(what: str, work: float, shown: bool) -> Iterator[WorkBar]:
         tqdm(
             desc=what,
             total=float(work),
-            bar_format=_FORM,
+            bar_format=BAR_FORM,
             disable=not shown or not sys.stderr.isatty(),
             leave=False,
         ) as bar,

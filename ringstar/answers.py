@@ -22,6 +22,7 @@ class Answer:
     `ttft_s` is from the request to the first token (encoding not included), `tpot_s` the mean
     time of each further one (0 if there was none), `latency_s` that of the whole; seconds.
     `ids` hold no end token.
+    `token_s` are the seconds from the request to each token, an end token's too.
     `first_logits (vocab,)` is float32: what the first token was chosen from.
     """
 
@@ -32,6 +33,7 @@ class Answer:
     ttft_s: float
     tpot_s: float
     latency_s: float
+    token_s: list[float]
     first_logits: Tensor
     metrics: RankMetrics
 
@@ -68,7 +70,7 @@ def collect(
     for step in steps:
         times.append(step.at_s)
         first_logits = first_logits if step.first_logits is None else step.first_logits
-        if step.token in end_tokens:
+        if step.token in end_tokens and not settings.ignore_eos:
             reason = "stop"
             break
         ids.append(step.token)

@@ -229,6 +229,8 @@ class GenerationConfig:
     top_p: float = 1.0
     seed: int = 0
     stop: list[str] = field(default_factory=list)
+    # end tokens end nothing: every answer has max_new_tokens, as measurements want it
+    ignore_eos: bool = False
 
 
 @dataclass
@@ -390,6 +392,43 @@ class EvaluationConfig(Config):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+@dataclass
+class BenchOptions:
+    """What is measured: a grid of lengths, ranks, strategies and batches, and who is beside.
+
+    Lists are texts, as `1K,4K`.  Lengths count the whole prompt, in tokens.
+    """
+
+    lengths: str = "1K,4K"
+    # numbers of ranks; None: one, and what launch.nproc, the GPUs or two say
+    worlds: str | None = None
+    # each as `ring layout=striped` or `star block_size=1/4`; none: ring, and star by quarters
+    strategy: list[str] = field(default_factory=list)
+    batches: str = "1"
+    # calls that are measured in each cell, each of a whole batch, and calls before them
+    requests: int = 3
+    warm_ups: int = 1
+    new_tokens: int = 32
+    # of the prompt's end: what is asked about the rest
+    question_tokens: int = 16
+    seed: int = 0
+    # names, or auto (those that can run here), all, none
+    peers: str = "auto"
+    picture: str | None = None
+    # a result to compare with, and how much slower than there nothing may be
+    against: str | None = None
+    tolerance: float = 0.25
+    # set for the processes that measure: where each cell is written
+    cells: str | None = None
+
+
+@dataclass
+class BenchConfig(Config):
+    """Everything that a benchmark needs."""
+
+    bench: BenchOptions = field(default_factory=BenchOptions)
+
+
 def config_of(
     strategy: str | StrategyConfig,
     layout: str,
@@ -466,6 +505,8 @@ def _rules(config: Config) -> Iterator[Rule]:
         yield _count("harness.batch_size", config.harness.batch_size)
         yield _count("harness.query_tokens", config.harness.query_tokens)
         yield _count("harness.max_length", config.harness.max_length)
+    if isinstance(config, BenchConfig):
+        yield from _bench_rules(config.bench)
     if isinstance(config, EvaluationConfig):
         yield _count("evaluate.samples", config.evaluate.samples)
         yield _count("evaluate.depths", config.evaluate.depths)
@@ -513,6 +554,16 @@ def _compare_rules(compare: CompareConfig) -> Iterator[Rule]:
     in_range = 0 <= (compare.needles or 0) <= MAX_NEEDLES
     yield "compare.needles", compare.needles, in_range, f"allowed: from 0 (none) to {MAX_NEEDLES}"
     yield _count("compare.needle_trials", compare.needle_trials)
+
+
+def _bench_rules(bench: BenchOptions) -> Iterator[Rule]:
+    yield _count("bench.requests", bench.requests)
+    yield "bench.warm_ups", bench.warm_ups, bench.warm_ups >= 0, "allowed: 0 (none) or more"
+    enough = bench.new_tokens > 1
+    yield "bench.new_tokens", bench.new_tokens, enough, "allowed: 2 or more, to see what each costs"
+    yield _count("bench.question_tokens", bench.question_tokens)
+    allowed = "allowed: 0 or more; 0.25 lets something be a quarter slower"
+    yield "bench.tolerance", bench.tolerance, 0 <= bench.tolerance < float("inf"), allowed
 
 
 def _star_rules(star: StarConfig) -> Iterator[Rule]:

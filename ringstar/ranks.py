@@ -40,7 +40,7 @@ class Ranks(Protocol):
 
 def world_size_of(config: TransportConfig) -> int:
     """How many ranks there will be, from torchrun's environment or the config."""
-    if not under_torchrun():
+    if not under_torchrun() or config.name == "threads":
         return config.world_size or 1
     started = int(os.environ["WORLD_SIZE"])
     if config.world_size not in (None, started):
@@ -54,7 +54,7 @@ def check_ranks(config: Config) -> None:
     """Raise UserError for a transport, device or strategy that these ranks cannot have."""
     world_size, name = world_size_of(config.transport), config.transport.name
     check_strategy(config, world_size)
-    if name == "threads" and under_torchrun() and world_size > 1:
+    if name == "threads" and under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
         raise UserError("transport", name, "simulated ranks are one process; torchrun started more")
     if name in ("nccl", "gloo") and not under_torchrun():
         raise UserError("transport", name, "needs ranks: launch.nproc=N, or start with torchrun")

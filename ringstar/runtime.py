@@ -501,6 +501,7 @@ class LongContext:
                 ttft_s=times[0] - started,
                 tpot_s=(times[-1] - times[0]) / max(1, len(times) - 1),
                 latency_s=times[-1] - started,
+                token_s=[time_s - started for time_s in times],
                 first_logits=made.first_logits,
                 metrics=metrics,
             )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import Row, Section
-from benchmarks.measure import circumstances
+from launch.circumstances import circumstances
 
 PACKAGES = (
     *("torch", "triton", "transformers", "ringstar", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),

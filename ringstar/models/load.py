@@ -126,20 +126,14 @@ class ModelFiles(ModelFacts):
         rope_precision: str = "float32",
     ) -> BoundModel:
         """Read the weights; a missing, damaged or ill-shaped one is an error, never random."""
-        arguments: dict[str, Any] = dict(self._gguf_arguments)
-        if self.gguf:
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
-        if self.quantised:
-            # some quantised layers are made for a device, and cannot move
-            arguments["device_map"] = {"": device}
         try:
             model, report = load_weights(
                 self,
+                device,
                 config=None if self.gguf else self.config,
                 dtype=dtype,
                 attn_implementation=NAME,
                 output_loading_info=True,
-                **arguments,
             )
         except MemoryError:
             raise
@@ -187,10 +181,21 @@ class ModelFiles(ModelFacts):
         return self.tokenizer
 
 
-def load_weights(files: ModelFiles, **arguments: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` for local files, one at a time in this process."""
+def load_weights(files: ModelFiles, device: torch.device, **arguments: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` for local files, one at a time in this process.
+
+    Only quantised weights are then on `device`: some of their layers are made for it, and cannot
+    move.  Those of a GGUF file are widened.
+    """
+    if files.gguf:
+        arguments |= {
+            "gguf_file": files.gguf,
+            "quantization_config": GgufConfig(dequantize=True),
+        }
     if files.scaling:
         arguments.setdefault("config", files.config)
+    if files.quantised:
+        arguments["device_map"] = {"": device}
     with _LOADING:
         return AutoModelForCausalLM.from_pretrained(
             files.folder, local_files_only=True, **arguments

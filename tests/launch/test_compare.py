@@ -578,7 +578,7 @@ def test_what_counts_as_found():
 
 def answer_of(ids, reason) -> Answer:
     metrics = RankMetrics([0], [0], [0])
-    return Answer("", ids, 1, reason, 0.0, 0.0, 0.0, torch.zeros(3), metrics)
+    return Answer("", ids, 1, reason, 0.0, 0.0, 0.0, [0.0], torch.zeros(3), metrics)
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def test_settings_of_star():
 
 
 def test_lengths_and_tasks():
-    assert read_lengths("4K, 1K 1024,7K") == [1024, 4096, 7168]
+    assert read_lengths("a", "4K, 1K 1024,7K") == [1024, 4096, 7168]
     assert [task.name for task in read_tasks("vt niah_multi*,vt")] == [
         *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
         *("niah_multivalue", "niah_multiquery", "vt"),

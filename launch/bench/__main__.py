@@ -1,0 +1,206 @@
+"""Measure what answers cost: time to first token, per token, throughput; with peers beside.
+
+    python -m launch.bench model=smollm2 bench.lengths=1K,4K bench.worlds=1,2 output.path=bench.json
+    python -m launch.bench model.path=DIR bench.worlds=1,8 bench.lengths=32K,128K \\
+        bench.batches=1,4 bench.strategy=ring bench.strategy="star block_size=1/8" \\
+        --against bench.json
+    torchrun --nproc-per-node 8 -m launch.bench model.path=DIR bench.lengths=128K
+
+Every combination of strategy, number of ranks, length and batch is a cell: prompts of random tokens
+are read and answered, bench.requests times, as closely as the peers beside do it:
+
+  hf-eager, hf-sdpa       Hugging Face's generate in one process, with these attentions
+  hf-batch                its generate_batch (continuous batching)
+  llama.cpp               llama-cpp-python, on the GGUF file that the model comes from
+  ring-attention-pytorch  attention alone, on the same ranks as ours
+
+Each number of ranks, and each peer, runs in processes of its own, one after another; on a CPU each
+has all cores.  A block for each cell is printed when it is done, then tables, and as the last line
+of standard output everything as JSON.  --against compares with an earlier result and ends with
+status 1 if something of ours takes more than bench.tolerance longer: on a CPU as multiples of a
+peer's time in the same run, on the same kind of GPU in milliseconds.
+"""
+
+from __future__ import annotations
+
+from launch.interrupts import quiet_interrupts
+
+if __name__ == "__main__":  # the imports below take seconds
+    quiet_interrupts()
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from launch.bench.against import changes, read_earlier
+from launch.bench.cells import Line, LineReader, Measured
+from launch.bench.children import check_world, children
+from launch.bench.picture import draw
+from launch.bench.plan import Plan
+from launch.bench.ranks import check_request as check_plan
+from launch.bench.ranks import measure
+from launch.bench.result import result_of, row_of
+from launch.bench.tables import block, comparison, tables
+from launch.faults import DONE, FAULT, Fault, Reporter, exit_status
+from launch.help import help_text
+from launch.options import BENCH
+from launch.outputs import check_writable, write_file, write_result
+from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
+from launch.progress import BAR_FORM
+from launch.ranks import start_ranks
+from launch.start import RankCommand, run_program
+from launch.streams import print_every_letter, print_piece, show_choices
+from ringstar.config import BenchConfig
+from ringstar.models import ModelFiles
+from ringstar.ranks import under_torchrun
+
+log = logging.getLogger("ringstar")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, start everyone who is measured, report; returns the exit status."""
+    given = _with_against(arguments)
+    if under_torchrun():
+        run = partial(run_rank, given)
+        return RankCommand("launch.bench", BENCH.parse, check_request, run, _help).main(given)
+    if {"-h", "--help"} & set(given):
+        print(_help())
+        return DONE
+    reporter = Reporter()
+    return exit_status(lambda: _start_everyone(given, reporter), reporter)
+
+
+def check_request(config: BenchConfig) -> tuple[ModelFiles, Plan, dict[str, Any] | None]:
+    """All that can be found wrong before anything starts; with it the result to compare with."""
+    check_writable(config)
+    check_picture("bench.picture", config.bench.picture, config.output.path)
+    files, plan = check_plan(config)
+    return files, plan, read_earlier(config, files)
+
+
+def run_rank(arguments: Sequence[str], config: BenchConfig, phases: Any) -> None:
+    """What each of torchrun's ranks does: measure; rank 0 reports."""
+    files, plan, earlier = check_request(config)
+    _say_plan(config, plan)
+    with tempfile.TemporaryDirectory() as folder, _bar(plan) as bar:
+        report = Report(arguments, files, plan, earlier, bar)
+        cells = Path(folder) / "cells.jsonl"
+        with LineReader(cells, report.show) as reader:
+            first = measure(config, files, plan, str(cells), phases)
+    if first:
+        report.finish(reader.lines)
+
+
+def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
+    config = BENCH.parse(arguments)
+    reporter.show_traceback = config.launch.traceback
+    show_choices()
+    print_every_letter()
+    files, plan, earlier = check_request(config)
+    for world in plan.worlds:
+        check_world(config, world)
+    _say_plan(config, plan)
+    worst = DONE
+    with tempfile.TemporaryDirectory() as folder, _bar(plan) as bar:
+        report = Report(arguments, files, plan, earlier, bar)
+        cells = Path(folder) / "cells.jsonl"
+        with LineReader(cells, report.show) as reader:
+            for child in children(plan, arguments, cells):
+                bar.clear()
+                status = start_ranks(child.module, child.arguments, child.nproc)
+                if status not in (DONE, FAULT):
+                    return status
+                if status == FAULT and not child.peer:  # it was said which and why
+                    worst = FAULT
+    report.finish(reader.lines)
+    return worst
+
+
+class Report:
+    """What is said and written of a benchmark."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        files: ModelFiles,
+        plan: Plan,
+        earlier: dict[str, Any] | None,
+        bar: tqdm,
+    ):
+        self._command = ["launch.bench", *arguments]
+        self._config, self._files, self._plan = plan.config, files, plan
+        self._earlier, self._bar = earlier, bar
+
+    def show(self, line: Line) -> None:
+        """A cell that is done."""
+        if not isinstance(line, Measured):
+            return
+        with self._bar.external_write_mode():
+            print_piece(block(row_of(line)) + "\n")
+        self._bar.update(line.length * line.batch)
+
+    def finish(self, lines: Sequence[Line]) -> None:
+        """Tables, files, and the last line; raises Fault if something of ours became slower."""
+        config = self._config
+        result = result_of(self._command, self._files, self._plan, lines)
+        print_piece(tables(result))
+        found, how = changes(result, self._earlier) if self._earlier else ([], "")
+        if self._earlier is not None:
+            print_piece(comparison(found, how, config.bench.tolerance, str(config.bench.against)))
+            result["against"] = [asdict(change) for change in found]
+        path = picture_path(config.bench.picture, config.output.path)
+        write_result(config, result)
+        if path is not None:
+            write_file("bench.picture", path, draw(result))
+        print_piece(json.dumps(result) + "\n")
+        slower = sum(change.times > 1 + config.bench.tolerance for change in found)
+        if slower:
+            share = f"{config.bench.tolerance:.0%} (bench.tolerance)"
+            raise Fault(f"{slower} times are longer than before by more than {share}")
+
+
+def _say_plan(config: BenchConfig, plan: Plan) -> None:
+    for note in plan.notes:
+        log.info(note)
+    if config.output.path and picture_path(config.bench.picture, config.output.path) is None:
+        log.info(f"no picture: {NO_MATPLOTLIB}")
+    log.info(f"{sum(1 for _ in plan.cells())} cells")
+
+
+def _bar(plan: Plan) -> tqdm:
+    work = sum(load.length * load.batch for _, _, load in plan.cells())
+    return tqdm(
+        desc="bench",
+        total=float(work),
+        bar_format=BAR_FORM,
+        disable=not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0,
+        leave=False,
+    )
+
+
+def _with_against(arguments: Sequence[str]) -> list[str]:
+    """`--against FILE` and `--against=FILE` as our own option."""
+    given, found = list(arguments), []
+    while given:
+        word = given.pop(0)
+        if word == "--against" and given:
+            word = f"{word}={given.pop(0)}"
+        found.append(word.replace("--against=", "bench.against=", 1))
+    return found
+
+
+def _help() -> str:
+    return help_text(__doc__ or "", BENCH)
+
+
+if __name__ == "__main__":
+    run_program(main)

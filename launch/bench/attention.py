@@ -1,0 +1,111 @@
+"""Attention alone, causal, with a model's heads: ours, the PyPI peer's, and one process's.
+
+`ring-attention-pytorch` is made for training: it has no cache and no answers, so that only this
+can be compared with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ringattn import KVBuffers, ring_attention
+from seqpar import Layout, Transport, positions
+
+Call = Callable[[], Tensor]
+# what each rank does once, before it is measured: q, k and v of all tokens, and its transport
+Prepare = Callable[[list[Tensor], Transport], Call]
+
+OURS, PEER, ONE_PROCESS = "ringattn", "ring-attention-pytorch", "PyTorch sdpa"
+
+
+def tensors(config: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """q, k, v (1, T, H, D) with the heads of a model's config, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    q_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    return [
+        torch.randn(1, tokens, heads, dim, generator=generator).to(device, dtype)
+        for heads in (q_heads, kv_heads, kv_heads)
+    ]
+
+
+def ours(qkv: list[Tensor], transport: Transport) -> Call:
+    """`ringattn.ring_attention` on this rank's share, zigzag."""
+    tokens = qkv[0].shape[1]
+    layout = Layout("zigzag", 0, tokens, transport.world_size)
+    own = torch.tensor(positions(layout.runs(transport.rank)), device=qkv[0].device)
+    q, k, v = (t[:, own] for t in qkv)
+    buffers = KVBuffers()
+    return lambda: ring_attention(q, k, v, transport=transport, length=tokens, buffers=buffers)
+
+
+def peer(qkv: list[Tensor], transport: Transport) -> Call:
+    """`ring_attention_pytorch.ring_flash_attn` on this rank's share, contiguous.
+
+    On CUDA its Triton kernel; elsewhere its path of plain einsum, in buckets of a rank's share.
+    """
+    world = transport.world_size
+    share = qkv[0].shape[1] // world
+    own = slice(transport.rank * share, (transport.rank + 1) * share)
+    q, k, v = (t[:, own].contiguous() for t in qkv)
+    attend = _peer_attention(q.is_cuda)
+    return lambda: attend(
+        q, k, v, causal=True, bucket_size=share, ring_reduce_col=True, ring_size=world
+    )
+
+
+def _peer_attention(cuda: bool) -> Callable[..., Tensor]:
+    if cuda:
+        from ring_attention_pytorch.ring_flash_attention_cuda import ring_flash_attn_cuda
+
+        return ring_flash_attn_cuda
+    from ring_attention_pytorch import ring_flash_attn
+
+    return ring_flash_attn
+
+
+def one_process(qkv: list[Tensor], _: Transport) -> Call:
+    """PyTorch's own attention over the whole."""
+    q, k, v = (t.transpose(1, 2) for t in qkv)
+    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+PREPARED: dict[str, Prepare] = {OURS: ours, PEER: peer, ONE_PROCESS: one_process}
+
+
+def why_never(worlds: Sequence[int], transport: str) -> str | None:
+    """Why the peer can be measured on none of these numbers of ranks; None if it can."""
+    if find_spec("ring_attention_pytorch") is None:
+        return "is not installed: pip install ring-attention-pytorch"
+    if max(worlds) == 1 or transport == "threads":
+        return "needs several processes: its ring is torch.distributed's"
+    return None
+
+
+def why_not(tokens: int, world: int) -> str | None:
+    """Why the peer cannot take this length; None if it can."""
+    return f"needs a length that {world} ranks divide evenly" if tokens % world else None
+
+
+def seconds_of(
+    call: Call, barrier: Callable[[], object], warm_ups: int, repeats: int
+) -> list[float]:
+    """Wall seconds of each call after `warm_ups`; `barrier` runs untimed before each."""
+    found = []
+    for repeat in range(warm_ups + repeats):
+        barrier()
+        started = time.perf_counter()
+        out = call()
+        if out.is_cuda:
+            torch.cuda.synchronize(out.device)
+        if repeat >= warm_ups:
+            found.append(time.perf_counter() - started)
+    return found

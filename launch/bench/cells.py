@@ -1,0 +1,158 @@
+"""What was measured, a line of JSON for each cell as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+from typing import Any
+
+from launch.bench.plan import Load
+from launch.bench.timed import Timed
+from ringstar.models.work import ModelWork
+
+# what a cell is before anything of it is known
+Key = tuple[str, int, int, int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell: who, where, and each request's times in seconds; or why it has none.
+
+    `cpu_s` is that of all processes, of all calls; `peak_memory_bytes` of each rank, model
+    included.  `ids` are the first request's answer.
+    """
+
+    contender: str
+    world: int
+    length: int
+    batch: int
+    why_not: str | None = None
+    duration_s: float = 0.0
+    cpu_s: float = 0.0
+    ttft_s: list[float] = field(default_factory=list)
+    # of each request, from when it was asked
+    token_s: list[list[float]] = field(default_factory=list)
+    peak_memory_bytes: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        return self.contender, self.world, self.length, self.batch
+
+
+@dataclass(frozen=True)
+class AttentionTimes:
+    """Seconds of each call of attention alone, causal, over all ranks; or why there are none."""
+
+    contender: str
+    world: int
+    length: int
+    seconds: list[float] = field(default_factory=list)
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do at most with all that one process may use, measured, and the model's
+    floor: products and bytes a second, and what each token needs (`ModelWork`)."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    # GPUs that ranks may have one each of; 1 where all share the processor
+    gpus: int
+    work: dict[str, Any]
+
+    def devices(self, world: int) -> int:
+        """Of so many ranks."""
+        return min(world, self.gpus)
+
+    def ttft_s(self, tokens: int, devices: int = 1) -> float:
+        """The least time to read a prompt: all its products, as fast as products can be."""
+        return ModelWork.from_dict(self.work).prompt_flops(tokens) / self.flops_per_s / devices
+
+    def tpot_s(self, past: int, batch: int = 1) -> float:
+        """The least time of a step: weights once and each prompt's KV, as fast as memory gives."""
+        work = ModelWork.from_dict(self.work)
+        kv = work.token_bytes(past) - work.weight_bytes
+        return (work.weight_bytes + batch * kv) / self.bytes_per_s
+
+
+def highest(found: Sequence[Ceilings]) -> Ceilings | None:
+    """What several looks at the machine showed together: something else may have run during one."""
+    if not found:
+        return None
+    most_flops, most_bytes = (max(getattr(each, rate) for each in found) for rate in _RATES)
+    return replace(found[0], flops_per_s=most_flops, bytes_per_s=most_bytes)
+
+
+_RATES = ("flops_per_s", "bytes_per_s")
+Line = Measured | AttentionTimes | Ceilings
+_KINDS: dict[str, Callable[..., Line]] = {
+    kind.__name__: kind for kind in (Measured, AttentionTimes, Ceilings)
+}
+
+
+def measured(
+    who: tuple[str, int], load: Load, calls: Sequence[Timed], cpu_s: float, peaks: list[int]
+) -> Measured:
+    """A cell from the calls that were measured: times from each request on."""
+    requests = [(call.asked_s, times) for call in calls for times in call.token_s]
+    return Measured(
+        *who,
+        load.length,
+        load.batch,
+        duration_s=sum(max(map(max, call.token_s)) - call.asked_s for call in calls),
+        cpu_s=cpu_s,
+        ttft_s=[times[0] - asked for asked, times in requests],
+        token_s=[[time - asked for time in times] for asked, times in requests],
+        peak_memory_bytes=peaks,
+        ids=calls[0].ids[0],
+    )
+
+
+def add_line(path: str, line: Line) -> None:
+    """Append it, and see it on its way."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": type(line).__name__, **asdict(line)}) + "\n")
+
+
+class LineReader:
+    """Follows a file while others write it; `seen` is called for each line, in order."""
+
+    def __init__(self, path: Path, seen: Callable[[Line], None], every_s: float = 0.2):
+        self.lines: list[Line] = []
+        self._path, self._seen, self._every_s = path, seen, every_s
+        self._stop, self._at = Event(), 0
+        self._thread = Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> LineReader:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._read()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self._read()
+
+    def _read(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._at)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._at += len(whole + newline)
+        for text in whole.splitlines():
+            fields = json.loads(text)
+            line = _KINDS[fields.pop("kind")](**fields)
+            self.lines.append(line)
+            self._seen(line)

@@ -1,0 +1,178 @@
+"""Other people's generators that run in one process, each by the name that a user gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.bench import llama
+from launch.bench.peer_room import batch_bytes, eager_bytes, llama_bytes, plain_bytes
+from launch.bench.timed import Generates, Timed
+from ringstar.memory import free_memory
+from ringstar.models import ModelFiles, quiet_transformers
+from ringstar.models.one_device import plain_model
+from ringstar.models.plain_generate import BatchGenerate, PlainGenerate, has_attention
+from ringstar.models.smollm2 import smollm2_gguf
+
+# of free memory: as much as the runtime itself takes
+_SHARE = 0.8
+# bytes for a config, a dtype, a batch, and the tokens of a prompt and of an answer
+Needed = Callable[[Any, torch.dtype, int, int, int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a peer is to run: which model, on what, and the largest batch that it will get.
+
+    `prompt_tokens` and `new_tokens` are those of each of the `batch` prompts.  llama.cpp takes no
+    `dtype`: it computes in what its file has.
+    """
+
+    files: ModelFiles
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    batch: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One row of the table.
+
+    `what` is a line for tables, with the version, and with the format of the weights where that is
+    not the request's dtype.  `why_not` says in a line why a request cannot run here, or None; it
+    loads no weights.  `make` loads them, and takes all `threads` of this process.
+    """
+
+    what: Callable[[Request], str]
+    why_not: Callable[[Request], str | None]
+    make: Callable[[Request], Generates]
+
+
+class AsTimed:
+    """What Hugging Face's own generation returns, as `Timed`."""
+
+    def __init__(self, model: PlainGenerate | BatchGenerate):
+        self._model = model
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timed:
+        steps = self._model.generate(prompts, new_tokens)
+        return Timed(steps.asked_s, steps.token_s, steps.ids)
+
+
+def _plain(attention: str, needed: Needed) -> Peer:
+    def make(request: Request) -> Generates:
+        _begin(request)
+        model = plain_model(request.files, request.dtype, request.device, attention)
+        return AsTimed(PlainGenerate(model))
+
+    return Peer(
+        lambda _: f"transformers {version('transformers')}, generate, {attention}",
+        lambda request: _no_attention(request, attention) or _no_room(request, needed),
+        make,
+    )
+
+
+def _make_batch(request: Request) -> Generates:
+    _begin(request)
+    return AsTimed(
+        BatchGenerate(
+            request.files,
+            request.dtype,
+            request.device,
+            batch=request.batch,
+            tokens=request.tokens,
+        )
+    )
+
+
+def _begin(request: Request) -> None:
+    quiet_transformers()
+    torch.set_num_threads(request.threads)
+
+
+def _no_attention(request: Request, attention: str) -> str | None:
+    if has_attention(request.files, attention):
+        return None
+    return f"transformers has no {attention} attention for {request.files.config.model_type}"
+
+
+def _no_room(request: Request, needed: Needed) -> str | None:
+    sizes = request.batch, request.prompt_tokens, request.new_tokens
+    wanted = needed(request.files.config, request.dtype, *sizes)
+    free = int(_SHARE * free_memory(request.device))
+    if wanted <= free:
+        return None
+    return (
+        f"needs about {_gib(wanted)} beside the weights; {_SHARE:g} of what is free is {_gib(free)}"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"
+
+
+def _what_llama(request: Request) -> str:
+    gguf = _gguf(request)
+    if gguf is None or not find_spec("llama_cpp"):
+        return "llama.cpp"
+    form = llama.weights_format(gguf)
+    return f"llama-cpp-python {version('llama_cpp_python')}, {form} weights, float16 KV"
+
+
+def _why_not_llama(request: Request) -> str | None:
+    if not find_spec("llama_cpp"):
+        return "needs a package that builds llama.cpp from source: pip install llama-cpp-python"
+    if _gguf(request) is None:
+        return f"needs a GGUF file: {request.files.folder} has none; give one: model.path=FILE.gguf"
+    if request.files.scaling:
+        return "rope.scaling is not for llama.cpp; allowed: none"
+    if request.device.type == "cuda" and not llama.runs_on_gpus():
+        return (
+            "llama-cpp-python was built without CUDA: CMAKE_ARGS=-DGGML_CUDA=on"
+            " pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python"
+        )
+    return _no_room(request, llama_bytes)
+
+
+def _make_llama(request: Request) -> Generates:
+    gguf = _gguf(request)
+    assert gguf is not None, "asked although it cannot run"
+    on_gpu = request.device.type == "cuda"
+    return llama.LlamaCpp(
+        gguf,
+        batch=request.batch,
+        tokens=request.tokens,
+        threads=request.threads,
+        gpu=(request.device.index or 0) if on_gpu else None,
+    )
+
+
+def _gguf(request: Request) -> Path | None:
+    """The file that the model is, or was converted from."""
+    files = request.files
+    return files.folder / files.gguf if files.gguf else smollm2_gguf(files.folder)
+
+
+PEERS: dict[str, Peer] = {
+    "hf-eager": _plain("eager", eager_bytes),
+    "hf-sdpa": _plain("sdpa", plain_bytes),
+    "hf-batch": Peer(
+        lambda _: f"transformers {version('transformers')}, generate_batch, sdpa",
+        lambda request: _no_attention(request, "sdpa") or _no_room(request, batch_bytes),
+        _make_batch,
+    ),
+    "llama.cpp": Peer(_what_llama, _why_not_llama, _make_llama),
+}
