@@ -96,6 +96,23 @@ def test_nothing_reads_the_environment_for_configuration():
                 assert set(named) <= allowed, f"{path}: {named}"
 
 
+def test_every_command_is_quiet_before_its_other_imports():
+    """Ctrl-C during them, which take seconds, has no traceback."""
+    head = [
+        "from __future__ import annotations",
+        "from launch.interrupts import quiet_interrupts",
+        "if __name__ == '__main__':\n    quiet_interrupts()",
+    ]
+    texts = {path.stem: path.read_text() for path in (ROOT / "launch").glob("*.py")}
+    commands = {name for name, text in texts.items() if text.endswith("    run_program(main)\n")}
+    assert {"generate", "ask", "compare", "score", "evaluate", "harness", "demo"} <= commands
+    for name in commands:
+        _, *statements = ast.parse(texts[name]).body  # the first is the docstring
+        assert [ast.unparse(each) for each in statements[:3]] == head, name
+    assert tops(ROOT / "launch/interrupts.py") == {"__future__", "os", "signal"}
+    assert not tops(ROOT / "launch/__init__.py")
+
+
 def test_every_package_is_packed():
     """A wheel holds what `packages` lists, and nothing else."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
