@@ -9,7 +9,6 @@ import json
 import os
 import pty
 import shutil
-import subprocess
 import sys
 import termios
 import threading
@@ -25,8 +24,8 @@ from launch.inputs import standard_input_kept
 from launch.options import parse
 from ringstar.engine import RankEngine
 from ringstar.files import write_atomically
+from tests.support.commands import THREADS, TORCHRUN, python
 
-THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
 SAMPLED = ["generation.temperature=1.5", "generation.top_p=0.9", "generation.seed=3"]
 QUESTION = "question=What's the ship's \"name\" (if it has one), [42] = null;\n船?"
 
@@ -161,6 +160,9 @@ def test_stop_text_ends_the_answer(run, chat, book):
     assert out == cut["answer"] + "\n"
 
 
+OURS = ["-m", "launch.generate"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", [["strategy=ring"], ["strategy=star", "strategy.block_size=70"]], ids=str
@@ -168,22 +170,19 @@ def test_stop_text_ends_the_answer(run, chat, book):
 def test_three_ways_to_start(tmp_path, chat, book, capsys, strategy):
     """Sampled with a seed; the document is a file, a pipe to our launcher, and a file again."""
     shared = [f"model.path={chat}", QUESTION, *SAMPLED, *strategy, "generation.max_new_tokens=16"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ours = ["-m", "launch.generate"]
     results = {}
     for name, start, options in (
-        ("nproc", ours, ["launch.nproc=2", "document.path=-"]),
-        ("torchrun", [*torchrun, *ours], [f"document.path={book}"]),
+        ("nproc", OURS, ["launch.nproc=2", "document.path=-"]),
+        ("torchrun", [*TORCHRUN, "2", *OURS], [f"document.path={book}"]),
     ):
         path = tmp_path / f"{name}.json"
-        command = [sys.executable, *start, *shared, *options, f"output.path={path}"]
-        with open(book, "rb") as text:
-            done = subprocess.run(command, stdin=text, capture_output=True, timeout=200)
+        with open(book) as text:
+            done = python(*start, *shared, *options, f"output.path={path}", stdin=text)
         assert done.returncode == 0, done.stderr
         results[name] = json.loads(path.read_text())
-        assert done.stdout.decode() == results[name]["answer"] + "\n"
+        assert done.stdout == results[name]["answer"] + "\n"
         assert results[name]["transport"] in ("gloo", "nccl")
-        assert b"%" not in done.stderr  # no bar where nobody watches
+        assert "%" not in done.stderr  # no bar where nobody watches
         config = yaml.safe_load((tmp_path / f"{name}.config.yaml").read_text())
         assert "report" not in config["launch"]
     path = tmp_path / "threads.json"

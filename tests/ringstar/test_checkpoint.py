@@ -3,23 +3,18 @@
 Encodes that survive: stopped anywhere, taken up by any number of ranks, the same in the end.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from ringstar import LongContext, UserError
 from ringstar.config import RingConfig, StarConfig
 from seqpar.process import ProcessWorld
+from tests.support.commands import python
 from tests.support.models import DYNAMIC, LONGROPE, expected, over_bound, random_ids, tiny_folder
 from tests.support.ranks import in_processes
 from tests.support.runtime import simulated
 
 TOKENS, QUESTION, NEW = 130, random_ids(9, seed=4), 8
 IDS = random_ids(TOKENS)
-ROOT = Path(__file__).parents[2]
 
 
 def runtime(folder, world=3, layout="zigzag", **options):
@@ -202,13 +197,6 @@ print(rounds, finished > 0)
 @pytest.mark.slow
 def test_nothing_that_was_kept_is_lost_to_kill_9(tmp_path):
     """`python -c KILLED MODEL FOLDER 200` is the long form."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, tiny_folder("gemma2"), str(tmp_path / "d"), "40"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    run = python("-c", KILLED, tiny_folder("gemma2"), str(tmp_path / "d"), "40")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["40", "True"]
