@@ -273,7 +273,7 @@ def test_other_weights_of_the_same_shape_are_refused(saved, tmp_path):
     shutil.copytree(tiny_folder("llama"), folder)
     ring = runtime(str(folder))
     with torch.no_grad():
-        ring._engines[0].model.model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+        ring.group.engines[0].model.model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(UserError, match=r"another model \(weights or config\)"):
         ring.load(str(saved))
 
