@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import launch.options
 from launch import faults, generate, score_result
 from launch.harness import split
 from launch.options import (
@@ -37,6 +38,7 @@ from starattn import make_blocks
 from tests.ringstar.test_seeded_faults import FAULTS
 from tests.support.chat import LINES, chat_folder
 from tests.support.commands import TORCHRUN, python
+from tests.support.composing import compose_once
 from tests.support.models import random_ids, tiny_folder
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +64,11 @@ BLOCKS = {
 
 # the first line of the example that torchrun starts
 SCRIPT = "# ask.py: torchrun "
+
+
+@pytest.fixture(autouse=True)
+def _compose_once(monkeypatch):
+    monkeypatch.setattr(launch.options, "compose_config", compose_once)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

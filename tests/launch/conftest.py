@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import launch.options
 import launch.start
 from ringstar.models import ModelFiles
 from tests.support.chat import LINES, chat_folder
+from tests.support.composing import compose_once
 from tests.support.models import tiny_folder
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,21 +26,8 @@ def _no_torchrun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@functools.cache
-def composed(overrides: tuple[str, ...], root: str):
-    return COMPOSE(overrides, root)
-
-
-COMPOSE = launch.options.compose_config
-
-
 @pytest.fixture(autouse=True)
 def _compose_once(monkeypatch):
-    """Hydra takes a tenth of a second and more, and most runs here are composed alike."""
-
-    def compose_once(overrides, root="config"):
-        return copy.deepcopy(composed(tuple(overrides), root))
-
     monkeypatch.setattr(launch.options, "compose_config", compose_once)
 
 

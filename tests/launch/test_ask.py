@@ -174,7 +174,7 @@ def test_what_was_answered_survives_kill_9(asked, tmp_path):
     """`python -c KILLED 200 ANSWERS ARGUMENTS...` is the long form."""
     arguments, path = asked
     file = tmp_path / "many.jsonl"
-    file.write_text("\n".join(json.dumps({"question": f"Who left {n}?"}) for n in range(40)))
+    file.write_text("\n".join(json.dumps({"question": f"Who left {n}?"}) for n in range(16)))
     given = [argument for argument in arguments if not argument.startswith("questions")]
     run = python("-c", KILLED, "12", str(path), *given, f"questions.path={file}", *THREADS)
     assert run.returncode == 0, run.stderr
