@@ -32,6 +32,7 @@ from benchmarks.growth_plan import (
     model_peak,
     planned,
 )
+from benchmarks.live_bytes import LiveBytes
 from benchmarks.model import PRELOAD
 from localflash import attend, empty_partial
 from ringattn import ring_attention
@@ -41,7 +42,6 @@ from seqpar import Layout, Tile, Transport, token_count
 from seqpar.process import ProcessWorld
 from seqpar.spawn import run_processes
 from starattn import make_blocks, star_attention
-from tests.support.memory import LiveBytes
 
 WARM_UPS, REPEATS = 1, 3
 VOCAB = 97

@@ -39,7 +39,7 @@ def decode_rank(transport: Transport, folder: str, dtype: str, tokens: int, new_
     runtime = rank_runtime(transport, folder, dtype)
     (shard,) = runtime.encode(some_ids(tokens)).shards
     settings = GenerationConfig(max_new_tokens=(WARM_UPS + REPEATS) * new_tokens + 1)
-    steps = runtime._engines[transport.rank].generate(shard, some_ids(8), settings)
+    steps = runtime.group.engines[transport.rank].generate(shard, some_ids(8), settings)
     next(steps)  # the question
 
     def work() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringstar.checks import check_ids, check_positions, choose_kernel
 from ringstar.config import (
     CacheConfig,
     Config,
@@ -41,7 +42,6 @@ from ringstar.models.bind import bind, put
 from ringstar.models.geometry import run_once
 from ringstar.models.quantised import quantised
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
-from ringstar.runtime import check_ids, check_positions, choose_kernel
 from ringstar.shard import TextShard
 from ringstar.strategies import check_document, describe, make_strategy
 from seqpar import Transport

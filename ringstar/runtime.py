@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import localflash
+from ringstar import kept, scoring
 from ringstar.answers import Answer, collect
+from ringstar.checks import Text, check_fits, check_ids, choose_kernel, token_ids
 from ringstar.config import (
     CacheConfig,
     Config,
     GenerationConfig,
     ModelConfig,
-    RingConfig,
     RopeConfig,
     StarConfig,
     StrategyConfig,
@@ -28,17 +26,15 @@ from ringstar.config import (
     check,
     check_generation,
     config_of,
-    saved_strategy,
-    strategy_settings,
 )
 from ringstar.conversation import Conversation
 from ringstar.document import Document, Shelf
 from ringstar.engine import EncodeCost, OnProgress, RankEngine
 from ringstar.errors import UserError
-from ringstar.memory import make_place, make_pool
+from ringstar.group import Group, check_held, on_rank_0
+from ringstar.memory import make_pool
 from ringstar.metrics import RankMetrics, gather_metrics, largest, slowest
 from ringstar.models import (
-    ModelFacts,
     ModelFiles,
     choose_dtype,
     choose_rope_precision,
@@ -46,30 +42,14 @@ from ringstar.models import (
     run_once,
 )
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
-from ringstar.room import Victims, make_room
-from ringstar.scores import Score, ScoredText, SpreadScores, score_of
+from ringstar.scores import Score, ScoredText, SpreadScores
 from ringstar.shard import TextShard
-from ringstar.store import (
-    Manifest,
-    check_saved,
-    dealt,
-    fingerprint,
-    is_saved,
-    move_saved,
-    read_ids,
-    read_manifest,
-    read_shard,
-    remove_saved,
-    saved_needs,
-    write_shards,
-)
-from ringstar.strategies import check_document, describe, make_strategy
+from ringstar.strategies import describe, make_strategy
 from ringstar.trace import Trace, engine_parts
 from seqpar import Transport
 
 log = logging.getLogger("ringstar")
 
-Text = str | Sequence[int]
 KVError = tuple[float, float] | None
 
 
@@ -84,7 +64,7 @@ class LongContext:
         if files.scaling != config.rope.asked_scaling:
             why = "these model files have another: find_model(config.model, config.rope)"
             raise UserError("rope.scaling", config.rope.scaling, why)
-        self.config, self.files, self.ranks = config, files, ranks
+        self.config, self.files = config, files
         first = ranks.transports[0]
         dtype, why_dtype = choose_dtype(config.model, files.config, first.device)
         choice = choose_kernel(config, files, first.device)
@@ -93,8 +73,10 @@ class LongContext:
         )
         self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
         self.device, self.dtype, self.kernel = first.device, dtype, choice.backend.name
-        self._said: set[str] = set()
-        self._say(
+        self._trace = Trace(config.profile, ranks) if config.profile.path is not None else None
+        self.ranks = ranks = self._trace.ranks if self._trace is not None else ranks
+        self.group = group = Group(ranks, config.cache)
+        group.say(
             f"{self.world_size} ranks over {first.name} ({why_transport})",
             f"device {first.device.type}",
             f"dtype {str(dtype).removeprefix('torch.')} ({why_dtype})",
@@ -103,15 +85,10 @@ class LongContext:
         )
         if files.scaling:
             kind, factor = files.scaling
-            self._say(
+            group.say(
                 f"rope.scaling={kind} by {factor:g} changes the model: it no longer computes what"
                 f" its config says, and takes up to {files.max_positions:,} positions"
             )
-        self._places = [make_place(config.cache, first.device) for _ in ranks.transports]
-        self.shelf = Shelf(keeps=config.cache.reuse)
-        self._trace = Trace(config.profile, ranks) if config.profile.path is not None else None
-        if self._trace is not None:
-            self.ranks = ranks = self._trace.ranks
         for transport in ranks.transports:
             transport.publish("load")
         model = files.load(config.model, dtype, first.device, precision)
@@ -122,7 +99,7 @@ class LongContext:
         def engine(transport: Transport) -> RankEngine:
             pool, said = make_pool(config.cache, shapes, dtype, transport)
             if transport.rank == self.rank:
-                self._say(said)
+                group.say(said)
             traced, kernel = engine_parts(model, transport, choice.backend)
             return RankEngine(
                 traced,
@@ -133,8 +110,7 @@ class LongContext:
                 unified_max=config.kernel.unified_max,
             )
 
-        engines = ranks.run(engine)
-        self._engines = {t.rank: each for t, each in zip(ranks.transports, engines, strict=True)}
+        group.start(engine)
 
     @classmethod
     def from_pretrained(
@@ -200,6 +176,11 @@ class LongContext:
         check_ranks(config)
         return cls(config, files, *make_ranks(config.transport))
 
+    @property
+    def shelf(self) -> Shelf:
+        """The documents that it holds."""
+        return self.group.shelf
+
     def encode(
         self,
         document: Text,
@@ -259,27 +240,27 @@ class LongContext:
         config = replace(self.config, strategy=chosen)
         for document in ids:
             check_fits(config, files, self.world_size, len(document))
-            self._say(describe(chosen, len(document), self.world_size))
+            self.group.say(describe(chosen, len(document), self.world_size))
         totals = [
             max(length, len(document))
             for length, document in zip(lengths or [0] * len(ids), ids, strict=True)
         ]
         begun = [
-            None if scored else self.shelf.beginning(document, self._fits(chosen, document, total))
-            for document, total in zip(ids, totals, strict=True)
+            None if scored else self.shelf.beginning(each, self._fits(chosen, each, total))
+            for each, total in zip(ids, totals, strict=True)
         ]
         known = [found[1] if found else 0 for found in begun]
         new = [document[tokens:] for document, tokens in zip(ids, known, strict=True)]
         for document, tokens in zip(ids, known, strict=True):
             if tokens:
-                self._say(f"{tokens:,} of {len(document):,} tokens are encoded already")
+                self.group.say(f"{tokens:,} of {len(document):,} tokens are encoded already")
 
         def encode(
             transport: Transport,
         ) -> tuple[list[TextShard], list[RankMetrics], tuple[float, KVError], list[Score]]:
             transport.check_agreement("strategy", chosen, scored)
-            engine, index = self._engines[transport.rank], self._index(transport)
-            victims = self._victims(transport, [found[0] for found in begun if found])
+            engine, index = self.group.engines[transport.rank], self.group.index(transport)
+            victims = self.group.victims(transport, [found[0] for found in begun if found])
             shards = []
             for found, total in zip(begun, totals, strict=True):
                 if found is None:
@@ -288,7 +269,7 @@ class LongContext:
                 source = found[0].shards[index]
                 engine.bring_back(source, victims)
                 shards.append(engine.fork(source, found[1], total, victims))
-            report = _on_rank_0(transport, on_progress)
+            report = on_rank_0(transport, on_progress)
             made = make_strategy(chosen, self.config.encode, transport, files.vocab_size)
             scores = SpreadScores(engine.model, scored)
             on_pass = scores.add if scored else None
@@ -302,7 +283,7 @@ class LongContext:
             return shards, metrics, self._slowest_and_worst(transport, cost), given
 
         by_rank, (metrics, *_), (costs, *_), (scores, *_) = zip(
-            *self.ranks.run(encode), strict=True
+            *self.group.run(encode), strict=True
         )
         took_s, kv_error = costs
         encoded = [
@@ -332,7 +313,7 @@ class LongContext:
 
         def fits(document: Document, tokens: int) -> bool:
             shard = document.shards[0]
-            engine = next(iter(self._engines.values()))
+            engine = self.group.any_engine
             if isinstance(strategy, StarConfig) or isinstance(document.strategy, StarConfig):
                 # blocks and anchors are parts of one whole document, dealt to so many ranks
                 same = (
@@ -354,19 +335,9 @@ class LongContext:
             return took_s, None
         keys, values = largest(transport, cost.kv_error or (0.0, 0.0))
         if transport.rank == 0 and cost.kv_error:
-            name = self.config.cache.dtype
-            self._say(f"KV rounded to {name}: keys by {keys:.2%}, values by {values:.2%} (RMS)")
+            rounded = f"KV rounded to {self.config.cache.dtype}"
+            self.group.say(f"{rounded}: keys by {keys:.2%}, values by {values:.2%} (RMS)")
         return took_s, (keys, values)
-
-    def _index(self, transport: Transport) -> int:
-        """Which of the ranks of this process it is."""
-        return next(i for i, each in enumerate(self.ranks.transports) if each is transport)
-
-    def _victims(self, transport: Transport, but: Sequence[Document]) -> Victims:
-        """What may make room on this rank, with those that are in use left out."""
-        index = self._index(transport)
-        shards = [document.shards[index] for document in self.shelf.victims(but)]
-        return Victims(shards, self._places[index])
 
     def append(
         self, document: Document, more: Text, on_progress: OnProgress | None = None
@@ -383,7 +354,7 @@ class LongContext:
         if isinstance(document.strategy, StarConfig):
             why = "its blocks are parts of a whole document; encode that anew, or use ring"
             raise UserError("document.strategy", "star", why)
-        shards = self._shards(document)
+        check_held(document, self)
         ids = token_ids("more", more, self.files.more_ids, self.files.vocab_size)
         config, total = replace(self.config, strategy=document.strategy), document.tokens + len(ids)
         check_fits(config, self.files, self.world_size, total)
@@ -391,21 +362,20 @@ class LongContext:
         self._check_rope(document, length, "encode the whole anew")
 
         def append(transport: Transport) -> tuple[RankMetrics, tuple[float, KVError]]:
-            engine, shard = self._engines[transport.rank], shards[transport.rank]
-            report = _on_rank_0(transport, on_progress)
+            report = on_rank_0(transport, on_progress)
             made = make_strategy(
                 document.strategy, self.config.encode, transport, self.files.vocab_size
             )
-            victims = self._victims(transport, [document])
-            engine.bring_back(shard, victims)
+            engine, shard, victims = self.group.at_hand(transport, document)
             shard.rewind()
             cost = engine.encode([shard], [ids], made, report, victims)
             transport.publish("metrics")
             metrics = gather_metrics(transport, shard.cache.nbytes, cost.bytes_sent)
             return metrics, self._slowest_and_worst(transport, cost)
 
+        shards = list(document.shards)
         with _used_up(document):
-            metrics, (took_s, kv_error) = self.ranks.run(append)[0]
+            metrics, (took_s, kv_error) = self.group.run(append)[0]
         pinned = document in self.shelf.pinned
         self.shelf.remove(document)
         made = replace(
@@ -413,7 +383,7 @@ class LongContext:
             ids=[*document.ids, *ids],
             encode_s=took_s,
             metrics=metrics,
-            shards=list(shards.values()),
+            shards=shards,
             kv_error=kv_error,
         )
         self.shelf.add(made)
@@ -448,7 +418,7 @@ class LongContext:
 
     def converse(self, document: Document) -> Conversation:
         """A conversation about a document: its `ask` takes one question after another."""
-        self._shards(document)
+        check_held(document, self)
         return Conversation(self, document)
 
     def answer(
@@ -471,8 +441,8 @@ class LongContext:
         chosen = replace(settings or self.config.generation, **changes)
         check_generation(chosen)
         check_ids("question", ids, self.files.vocab_size)
-        shards = self._shards(document)
-        self._check_question(document, len(before) + len(ids), chosen.max_new_tokens)
+        check_held(document, self)
+        self.check_question(document, len(before) + len(ids), chosen.max_new_tokens)
         self.shelf.use(document)
         tokenizer, ends = self.files.tokenizer, self.files.end_tokens()
         if chosen.stop and tokenizer is None:
@@ -480,9 +450,7 @@ class LongContext:
 
         def answer(transport: Transport) -> Answer:
             started = time.perf_counter()
-            engine, shard = self._engines[transport.rank], shards[transport.rank]
-            victims = self._victims(transport, [document])
-            engine.bring_back(shard, victims)
+            engine, shard, victims = self.group.at_hand(transport, document)
             shown = on_text if transport.rank == 0 else None
             read = shard.take_up(top) - document.tokens
             new = [*before[read:], *ids]
@@ -506,7 +474,7 @@ class LongContext:
                 metrics=metrics,
             )
 
-        return self.ranks.run(answer)[0]
+        return self.group.run(answer)[0]
 
     def score(
         self,
@@ -527,26 +495,7 @@ class LongContext:
             UserError: something is empty or too long, or, for an encoded document with nothing
                 after it, layers with a window have forgotten what its last token saw.
         """
-        if isinstance(continuations, str):
-            raise UserError("continuations", continuations, "needed is a list of texts or of ids")
-        ids = [self._following_ids("continuation", each) for each in continuations]
-        before = self._following_ids("after", after) if len(after) else []
-        if not isinstance(document, Document):
-            longest = max(map(len, ids), default=0)
-            document, before = self._encode_before(document, before, longest, on_progress)
-        self.shelf.use(document)
-        again = 0 if before else 1
-        before = before or [document.ids[-1]]
-        self._check_continuations(document, len(before) - again, ids)
-        shards = self._shards(document)
-
-        def score(transport: Transport) -> list[torch.Tensor]:
-            engine, shard = self._engines[transport.rank], shards[transport.rank]
-            victims = self._victims(transport, [document])
-            engine.bring_back(shard, victims)
-            return [engine.score(shard, before, each, again, victims) for each in ids]
-
-        return [score_of(*pair) for pair in zip(ids, self.ranks.run(score)[0], strict=True)]
+        return scoring.score(self, document, continuations, after, on_progress)
 
     def score_text(self, text: Text, on_progress: OnProgress | None = None) -> Score:
         """How likely each token of a text was, but for the first, which has nothing before it."""
@@ -591,46 +540,18 @@ class LongContext:
         Raises:
             UserError: ids outside the vocabulary, more rows than ids, or too many positions.
         """
-        shards = self._shards(document)
+        check_held(document, self)
         check_ids("ids", ids, self.files.vocab_size)
         if not 0 < last <= len(ids):
             raise UserError("last", last, f"allowed: from 1 to the {len(ids)} ids")
-        self._check_question(document, len(ids))
+        self.check_question(document, len(ids))
         self.shelf.use(document)
 
         def logits(transport: Transport) -> torch.Tensor:
-            engine, shard = self._engines[transport.rank], shards[transport.rank]
-            victims = self._victims(transport, [document])
-            engine.bring_back(shard, victims)
+            engine, shard, victims = self.group.at_hand(transport, document)
             return engine.logits(shard, ids, last, victims)
 
-        return self.ranks.run(logits)[0].cpu()
-
-    def _following_ids(self, key: str, given: Text) -> list[int]:
-        """Token ids of what follows a document; also of spaces alone."""
-        ids = self.files.more_ids(given) if isinstance(given, str) else given
-        return token_ids(key, ids, self.files.more_ids, self.files.vocab_size)
-
-    def _encode_before(
-        self, text: Text, after: list[int], longest: int, on_progress: OnProgress | None
-    ) -> tuple[Document, list[int]]:
-        """A text, encoded but for its last token, which is read with what comes after it."""
-        ids = token_ids("document", text, self.files.plain_ids, self.files.vocab_size)
-        length = len(ids) + len(after) + max(0, longest - 1)
-        head, after = (ids[:-1], [ids[-1], *after]) if len(ids) > 1 else (ids, after)
-        check_fits(self.config, self.files, self.world_size, len(head), length - len(head))
-        return self.encode(head, on_progress, length=length), after
-
-    def _check_continuations(
-        self, document: Document, before: int, continuations: list[list[int]]
-    ) -> None:
-        for ids in continuations:
-            self._check_question(document, before + len(ids) - 1)
-        window = self.files.window
-        if not before and window is not None and window <= document.tokens:
-            why = f"layers with a window of {window} have forgotten what its last token saw;"
-            why += " allowed: a text or ids in its place, or something after it"
-            raise UserError("document", f"{document.tokens} tokens", why)
+        return self.group.run(logits)[0].cpu()
 
     def save(self, document: Document, folder: str) -> None:
         """Write an encoded document to a folder, whole or not at all.
@@ -642,8 +563,7 @@ class LongContext:
             UserError: the folder holds something else, or there is no room; what was saved there
                 before is as it was.
         """
-        self._write(document, folder, None)
-        self._say(f"document of {document.tokens:,} tokens saved to {folder}")
+        kept.save(self, document, folder)
 
     def encode_kept(
         self,
@@ -668,63 +588,7 @@ class LongContext:
             raise UserError("document.checkpoint_every", checkpoint_every, why)
         ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
         check_fits(self.config, self.files, self.world_size, len(ids))
-        unfinished = f"{folder.rstrip('/')}.unfinished"
-        made, seconds = self._unfinished(unfinished, ids), 0.0
-        piece = checkpoint_every * self.config.encode.chunk_tokens * self.world_size
-        done = made.tokens if made else 0
-        for start in range(done, len(ids), piece):
-            part = ids[start : start + piece]
-            report = _part_of(on_progress, start, len(part), len(ids))
-            if made is None:
-                made = self.encode(part, report, length=max(length, len(ids)))
-                before = None
-            else:
-                before = read_manifest("document.save", unfinished)[1]
-                made = self.append(made, part, report)
-            seconds += made.encode_s
-            self._write(made, unfinished, before)
-        assert made is not None
-        self._take_over(made, unfinished, folder)
-        return replace(made, encode_s=seconds)
-
-    def _unfinished(self, folder: str, ids: list[int]) -> Document | None:
-        """The beginning of a document that an earlier run encoded, if there is one."""
-        if not is_saved(folder):
-            return None
-        found = self.load(folder)
-        if found.ids != ids[: found.tokens] or isinstance(found.strategy, StarConfig):
-            why = "holds the beginning of another document; remove it, or save elsewhere"
-            raise UserError("document.save", folder, why)
-        self._say(f"{found.tokens:,} of {len(ids):,} tokens are encoded already")
-        return found
-
-    def _take_over(self, document: Document, unfinished: str, folder: str) -> None:
-        """The unfinished folder becomes the finished one, in one step if nothing is there yet."""
-
-        def rename(transport: Transport) -> bool:
-            return move_saved(transport, Path(unfinished).expanduser(), Path(folder).expanduser())
-
-        if self.ranks.run(rename)[0]:
-            self._say(f"document of {document.tokens:,} tokens saved to {folder}")
-            return
-        self.save(document, folder)
-        self.ranks.run(lambda transport: remove_saved(transport, Path(unfinished).expanduser()))
-
-    def _write(self, document: Document, folder: str, before: Manifest | None) -> None:
-        """Write what comes after `before`, which is what the folder has."""
-        shards = self._shards(document)
-        facts = {**self._identity(), "strategy": strategy_settings(document.strategy)}
-        path = Path(folder).expanduser()
-
-        def write(transport: Transport) -> str | None:
-            transport.publish("save")
-            shard = shards[transport.rank]
-            self._engines[transport.rank].bring_back(shard, self._victims(transport, [document]))
-            return write_shards(transport, shard, document.ids, path, facts, before)
-
-        wrong = self.ranks.run(write)[0]
-        if wrong is not None:
-            raise UserError("document.save", folder, wrong)
+        return kept.encode_kept(self, ids, folder, checkpoint_every, on_progress, length)
 
     def load(self, folder: str) -> Document:
         """A document that was saved, by this model, at any number of ranks and in any layout.
@@ -732,91 +596,17 @@ class LongContext:
         Raises:
             UserError: it is damaged, or was made by another model or with other settings.
         """
-        path, manifest = read_manifest("document.load", folder)
-        chosen = self._check_identity(folder, manifest)
-        strategy = self.config.strategy
-        layout: Any = strategy.layout if isinstance(strategy, RingConfig) else "zigzag"
+        return kept.load(self, folder)
 
-        def load(transport: Transport) -> tuple[TextShard | None, Any, str | None]:
-            transport.publish("load document")
-            transport.check_agreement("document", manifest)
-            started = time.perf_counter()
-            wrong = check_saved(transport, path, manifest)
-            if wrong is not None:
-                return None, None, wrong
-            engine, owned = self._engines[transport.rank], dealt(manifest, layout, transport)
-            shard = engine.new_text(manifest.length)
-            needs = saved_needs(shard, manifest, owned[transport.rank])
-            make_room(transport, engine.pool, needs, self._victims(transport, ()))
-            room = engine.room_beside(needs, [shard])
-            wrong = read_shard(transport, path, manifest, owned, shard, room)
-            took_s = slowest(transport, time.perf_counter() - started)
-            return shard, (gather_metrics(transport, shard.cache.nbytes, 0), took_s), wrong
-
-        shards, (figures, *_), (wrong, *_) = zip(*self.ranks.run(load), strict=True)
-        if wrong is not None:
-            raise UserError("document.load", folder, wrong)
-        metrics, took_s = figures
-        ids = read_ids(path, manifest)
-        saved_by = ", ".join(str(n) for n in sorted({len(p.files) for p in manifest.parts}))
-        self._say(
-            f"document of {len(ids):,} tokens loaded from {folder}: encoded by {chosen.name} over"
-            f" {saved_by} ranks, dealt to {self.world_size}"
-        )
-        by = len(manifest.parts[0].files)
-        document = Document(ids, chosen, took_s, metrics, list(shards), self, by)
-        self.shelf.add(document)
-        return document
-
-    def _identity(self) -> dict[str, str]:
-        """What KV depends on, beside the tokens and the strategy."""
-        model, scaling = next(iter(self._engines.values())).model, self.files.scaling
-        scaled = f", {scaling[0]} by {scaling[1]:g}" if scaling else ""
-        return {
-            "model": self.files.config.model_type,
-            "fingerprint": fingerprint(model.model),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "rope": model.rotary.precision + scaled,
-            "kv": self.config.cache.dtype,
-        }
-
-    def _check_identity(self, folder: str, manifest: Manifest) -> StrategyConfig:
-        """How a saved document was encoded; UserError if this model would not have."""
-        ours = self._identity()
-        for name in ("model", "dtype", "rope", "kv", "fingerprint"):
-            theirs, own = str(getattr(manifest, name)), ours[name]
-            if theirs != own:
-                names = {"fingerprint": "model (weights or config)", "kv": "cache.dtype"}
-                what = names.get(name, name)
-                why = f"was encoded with another {what}: {theirs[:16]}, here {own[:16]}"
-                raise UserError("document.load", folder, why)
-        chosen = saved_strategy("document.load", folder, manifest.strategy)
-        check_fits(replace(self.config, strategy=RingConfig()), self.files, 1, manifest.tokens)
-        return chosen
-
-    def _shards(self, document: Document) -> dict[int, TextShard]:
-        """What each rank of this process holds of a document."""
-        if document.owner is not self:
-            raise UserError("document", None, "was encoded by another LongContext: encode it here")
-        if not document.shards:
-            raise UserError("document", None, "was appended to: use what append returned")
-        if document.evicted:
-            why = (
-                "made room for others, or was forgotten: encode it again; Document.pin() keeps one"
-                " in its place, cache.offload=disk puts them aside, cache.max_bytes holds more"
-            )
-            raise UserError("document", f"{document.tokens} tokens", why)
-        pairs = zip(self.ranks.transports, document.shards, strict=True)
-        return {transport.rank: shard for transport, shard in pairs}
-
-    def _check_question(self, document: Document, query: int, new: int = 0) -> None:
+    def check_question(self, document: Document, query: int, new: int = 0) -> None:
+        """Raise UserError if so many tokens cannot follow a document, with so many new ones."""
         config = replace(self.config, strategy=document.strategy)
         check_fits(config, self.files, self.world_size, document.tokens, query, new)
         read = document.tokens + query
         self._check_rope(document, read, f"encode it with length={read} for this question")
 
     def _check_rope(self, document: Document, length: int, instead: str) -> None:
-        engine = next(iter(self._engines.values()))
+        engine = self.group.any_engine
         if not engine.same_rope(document.shards[0].length, length):
             raise UserError(
                 "document",
@@ -834,11 +624,7 @@ class LongContext:
             if self._trace is not None:
                 self._finish_trace(self._trace)
         finally:
-            for place in self._places:
-                if place is not None:
-                    place.close()
-            for transport in self.ranks.transports:
-                transport.close()
+            self.group.close()
 
     def _finish_trace(self, trace: Trace) -> None:
         written = trace.finish(
@@ -855,13 +641,6 @@ class LongContext:
             for line in written.lines:
                 log.info(line)
 
-    def _say(self, *lines: str) -> None:
-        if self.rank == 0:
-            for line in lines:
-                if line not in self._said:
-                    log.info(line)
-                self._said.add(line)
-
 
 @contextmanager
 def _used_up(document: Document) -> Iterator[None]:
@@ -874,108 +653,3 @@ def _used_up(document: Document) -> Iterator[None]:
         document.shards.clear()
         raise
     document.shards.clear()
-
-
-def _on_rank_0(transport: Transport, report: OnProgress | None) -> OnProgress:
-    """What to call with progress: on other ranks, nobody."""
-    return report if report is not None and transport.rank == 0 else lambda _: None
-
-
-def _part_of(report: OnProgress | None, done: int, tokens: int, total: int) -> OnProgress | None:
-    """Progress over a whole document, from that over one part of it."""
-    if report is None:
-        return None
-    return lambda share: report((done + share * tokens) / total)
-
-
-def token_ids(
-    key: str, given: Text, tokenize: Callable[[str], list[int]], vocab_size: int
-) -> list[int]:
-    """Token ids of what a user gave as text or as ids; raises UserError."""
-    if isinstance(given, str):
-        ids = tokenize(given) if given.strip() else []
-    else:
-        try:
-            ids = [operator.index(token) for token in given]
-        except TypeError as error:
-            raise UserError(key, None, f"token ids must be integers ({error})") from error
-    check_ids(key, ids, vocab_size)
-    return ids
-
-
-def check_ids(key: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Raise UserError unless there are ids and all are in the vocabulary."""
-    if not ids:
-        raise UserError(key, None, "is empty; at least one token is needed")
-    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if outside is not None:
-        raise UserError(key, outside, f"token ids must be from 0 to {vocab_size - 1}")
-
-
-def check_fits(
-    config: Config, files: ModelFiles, world_size: int, context: int, query: int = 0, new: int = 0
-) -> None:
-    """Raise UserError for token counts that this model, strategy or ranks cannot take."""
-    check(config)
-    check_strategy(config, world_size)
-    check_document(config.strategy, context, world_size, files.vocab_size)
-    check_positions(config.strategy, files, context + query + new)
-    _check_rope_jump(files, context + query, new if query else 0)
-    total, limit = context + query + new, files.max_positions
-    if total > limit and not config.model.allow_beyond_limit:
-        parts = f"{context} tokens" + (f" + question {query} + answer {new}" if query else "")
-        raise UserError(
-            "document",
-            parts,
-            f"{total} positions, but the model's limit is {limit};"
-            " model.allow_beyond_limit=true overrides",
-        )
-
-
-def _check_rope_jump(files: ModelFiles, read: int, new: int) -> None:
-    """Past that length everything before it would have to be encoded again."""
-    after = files.rope_jumps_after
-    if after is not None and read <= after < read + new - 1:
-        raise UserError(
-            "generation.max_new_tokens",
-            new,
-            f"after {read} positions the answer would cross {after}, where this model's rotary"
-            f" embedding (longrope) changes; allowed: up to {after - read + 1}",
-        )
-
-
-def check_positions(strategy: StrategyConfig, files: ModelFacts, positions: int) -> None:
-    """Star Attention is wrong where a layer's sliding window hides positions: a UserError."""
-    window = files.window
-    if isinstance(strategy, StarConfig) and window is not None and window < positions:
-        raise UserError(
-            "strategy",
-            "star",
-            f"the model's sliding window of {window} tokens hides part of {positions:,} positions"
-            " and the anchor with them; use strategy=ring",
-        )
-
-
-def choose_kernel(config: Config, files: ModelFacts, device: torch.device) -> localflash.Choice:
-    """The local attention for this model on `device`; raises UserError if it cannot run there."""
-    dtype, _ = choose_dtype(config.model, files.config, device)
-    name = config.kernel.name
-    try:
-        choice = localflash.choose(
-            name,
-            device=device,
-            dtype=dtype,
-            head_dim=_head_dim(files.config),
-            softcap=getattr(files.config, "attn_logit_softcapping", None),
-        )
-    except ValueError as error:
-        raise UserError("kernel", name, str(error).removeprefix(f"kernel={name}: ")) from error
-    if config.kernel.unified_max and choice.backend.attend_unified is None:
-        has = ", ".join(n for n, backend in localflash.BACKENDS.items() if backend.attend_unified)
-        lacks = f"kernel {choice.backend.name} has none; allowed with kernel={has}"
-        raise UserError("kernel.unified_max", "true", lacks)
-    return choice
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

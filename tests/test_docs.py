@@ -7,16 +7,15 @@ import ast
 import importlib.util
 import inspect
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import launch.options
 from launch import faults, generate, score_result
 from launch.harness import split
 from launch.options import (
@@ -38,6 +37,8 @@ from seqpar import Layout
 from starattn import make_blocks
 from tests.ringstar.test_seeded_faults import FAULTS
 from tests.support.chat import LINES, chat_folder
+from tests.support.commands import TORCHRUN, python
+from tests.support.composing import compose_once
 from tests.support.models import random_ids, tiny_folder
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +64,11 @@ BLOCKS = {
 
 # the first line of the example that torchrun starts
 SCRIPT = "# ask.py: torchrun "
+
+
+@pytest.fixture(autouse=True)
+def _compose_once(monkeypatch):
+    monkeypatch.setattr(launch.options, "compose_config", compose_once)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -277,8 +283,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
             exec(compile(code, page, "exec"), names)
             continue
         Path("example.py").write_text(code)  # its processes have to find its functions
-        command = [sys.executable, "example.py"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        done = python("example.py", check=True)
         assert done.stdout.strip() == code.strip().rpartition("# ")[2]
 
 
@@ -294,20 +299,6 @@ def test_the_script_of_the_readme_runs_under_torchrun(tmp_path):
             "import ringstar\n", "class Alone:\n    rank = 0\n    def __init__(*_, **__): pass\n"
         )
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ranks = _printed([*torchrun, "--nproc-per-node", "3", "ask.py"], tmp_path)
-    assert ranks and ranks == _printed([sys.executable, "alone.py"], tmp_path)
-
-
-def _printed(command, folder):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    commands = [*TORCHRUN, "3", "ask.py"], ["alone.py"]
+    ranks, one = (python(*command, cwd=tmp_path, check=True).stdout for command in commands)
+    assert ranks and ranks == one

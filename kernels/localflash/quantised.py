@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .views import WIDEN_TOKENS, Segment
+from .views import WIDEN_TOKENS, Segment, TensorsKV
 
 # what numbers are kept in, and the largest one that a scale is chosen for
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -19,7 +19,7 @@ _BF16_DIGITS = 8  # binary, of a significand
 
 
 @dataclass(frozen=True, slots=True)
-class QuantKV:
+class QuantKV(TensorsKV):
     """A number is its stored value times the scale of its token and KV head.
 
     k, v (B, T, H, D) int8 or float8_e4m3fn; k_scale, v_scale (B, T, H) bfloat16; strides free.
@@ -47,27 +47,8 @@ class QuantKV:
                 raise ValueError(f"{name}_scale is {got}: must be {want}")
 
     @property
-    def batch(self) -> int:
-        return self.k_BTHD.shape[0]
-
-    @property
-    def tokens(self) -> int:
-        return self.k_BTHD.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k_BTHD, self.v_BTHD, self.k_scale_BTH, self.v_scale_BTH
-
-    def slice(self, start: int, stop: int) -> "QuantKV":
-        """Tokens [start, stop), without a copy."""
-        return QuantKV(*(tensor[:, start:stop] for tensor in self.tensors))
-
-    def of(self, tensors: tuple[Tensor, ...]) -> "QuantKV":
-        return QuantKV(*tensors)
 
     def segments(self, dtype: torch.dtype) -> Iterator[Segment]:
         for start in range(0, self.tokens if self.batch else 0, WIDEN_TOKENS):

@@ -9,7 +9,7 @@ B sequences, T tokens, Hkv KV heads, D head dim, P pages in the pool.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -71,38 +71,48 @@ class KV(KVView, Protocol):
         ...
 
 
+class TensorsKV:
+    """KV of which every tensor is (B, T, ...), and a field of a dataclass, in order."""
+
+    __slots__ = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:
+        return self.tensors[0].shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.tensors[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def slice(self, start: int, stop: int) -> Self:
+        """Tokens [start, stop), without a copy."""
+        return self.of(tuple(tensor[:, start:stop] for tensor in self.tensors))
+
+    def of(self, tensors: tuple[Tensor, ...]) -> Self:
+        return type(self)(*tensors)
+
+
 @dataclass(frozen=True, slots=True)
-class DenseKV:
+class DenseKV(TensorsKV):
     """k, v (B, T, Hkv, D) in the queries' dtype; strides free, all sequences equally long."""
 
     k_BTHD: Tensor
     v_BTHD: Tensor
 
     @property
-    def batch(self) -> int:
-        return self.k_BTHD.shape[0]
-
-    @property
-    def tokens(self) -> int:
-        return self.k_BTHD.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.k_BTHD.nbytes + self.v_BTHD.nbytes
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k_BTHD, self.v_BTHD
 
-    def slice(self, start: int, stop: int) -> "DenseKV":
-        """Tokens [start, stop), without a copy."""
-        return DenseKV(self.k_BTHD[:, start:stop], self.v_BTHD[:, start:stop])
-
-    def of(self, tensors: tuple[Tensor, ...]) -> "DenseKV":
-        return DenseKV(*tensors)
-
     def segments(self, dtype: torch.dtype) -> Iterator[Segment]:
-        if self.batch and self.k_BTHD.shape[1]:
+        if self.batch and self.tokens:
             yield Segment(slice(0, self.batch), 0, self.k_BTHD, self.v_BTHD)
 
 

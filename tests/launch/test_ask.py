@@ -3,28 +3,27 @@
 Many questions about one document: from a file, in order and resumable; or typed.
 """
 
+import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.ask import main
+import launch.ask
 from launch.generate import main as generate
 from launch.questions import RESULT_FIELDS
 from ringstar import LongContext
 from ringstar.exchange import text_of_rank_0
+from tests.support.commands import THREADS, json_lines, python
 from tests.support.ranks import in_processes, in_threads
 
-THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
+COMMAND = launch.ask
 QUESTIONS = [
     {"question": "Who left?", "id": 7},
     {"gold": "Aurora", "question": "What's the ship's \"name\"? 船"},
     {"query_ids": [5, 6, 7], "tags": ["a", None]},
 ]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -37,25 +36,10 @@ def asked(tmp_path, chat, book):
     return [*given, f"output.path={out}", "generation.max_new_tokens=8"], out
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*arguments, status=0):
-        got = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert got == status, err
-        return out, err
-
-    return run
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_answers_come_in_order_with_what_the_lines_had(run, asked, capsys, tmp_path, chat, book):
     arguments, path = asked
     run(*arguments, *THREADS)
-    answers = lines_of(path)
+    answers = json_lines(path)
     for line, answer in zip(QUESTIONS, answers, strict=True):
         assert {key: answer[key] for key in line} == line
         assert list(answer)[len(line) :] == list(RESULT_FIELDS)
@@ -75,7 +59,7 @@ def test_a_run_goes_on_where_it_was(run, asked):
     _, err = run(*arguments, *THREADS)
     assert f"2 of 3 questions are answered in {path}" in err
     assert path.read_text().startswith(first + second)
-    assert [a["answer_ids"] for a in lines_of(path)] == [
+    assert [a["answer_ids"] for a in json_lines(path)] == [
         json.loads(line)["answer_ids"] for line in whole.splitlines()
     ]
     done = path.read_text()
@@ -93,7 +77,7 @@ def test_without_a_file_answers_go_to_standard_output(run, asked):
 def test_follow_ups_see_what_came_before_also_when_a_run_goes_on(run, asked, chat, book):
     arguments, path = asked
     run(*arguments, *THREADS, "questions.follow_up=true")
-    whole = lines_of(path)
+    whole = json_lines(path)
     ring = LongContext.from_pretrained(chat, transport="threads", world_size=2, threads_per_rank=1)
     talk = ring.converse(ring.encode(Path(book).read_text()))
     for line, answer in zip(QUESTIONS, whole, strict=True):
@@ -102,7 +86,7 @@ def test_follow_ups_see_what_came_before_also_when_a_run_goes_on(run, asked, cha
     for done in (1, 2):
         path.write_text("".join(f"{json.dumps(answer)}\n" for answer in whole[:done]))
         run(*arguments, *THREADS, "questions.follow_up=true")
-        assert [a["answer_ids"] for a in lines_of(path)] == [a["answer_ids"] for a in whole]
+        assert [a["answer_ids"] for a in json_lines(path)] == [a["answer_ids"] for a in whole]
     _, err = run(*arguments, *THREADS, status=2)
     assert "was begun with another questions" in err
 
@@ -111,31 +95,37 @@ def test_follow_ups_see_what_came_before_also_when_a_run_goes_on(run, asked, cha
 def test_processes_answer_alike_and_from_a_saved_document(run, asked, tmp_path, book):
     arguments, path = asked
     run(*arguments, *THREADS, f"document.save={tmp_path / 'kv'}")
-    want = [answer["answer_ids"] for answer in lines_of(path)]
+    want = [answer["answer_ids"] for answer in json_lines(path)]
     path.unlink()
     loading = [argument for argument in arguments if argument != f"document.path={book}"]
     run(*loading, f"document.load={tmp_path / 'kv'}", "launch.nproc=3")
-    assert [answer["answer_ids"] for answer in lines_of(path)] == want
+    assert [answer["answer_ids"] for answer in json_lines(path)] == want
+
+
+TYPED = f"Who left?\n\n{'x ' * 5000}\nWhat name?"
+
+
+def check_typed(path, out, err):
+    answers = json_lines(path)
+    assert [answer["question"] for answer in answers] == ["Who left?", "What name?"]
+    assert out == "".join(f"{answer['answer']}\n" for answer in answers)
+    assert "the model's limit is 4096" in err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [["launch.nproc=2"], THREADS])
-def test_typed_questions_are_answered_until_the_end(start, asked):
+def test_typed_questions_are_answered_until_the_end(asked):
     arguments, path = asked
     kept = [argument for argument in arguments if not argument.startswith("questions")]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.ask", *kept, *start],
-        input=f"Who left?\n\n{'x ' * 5000}\nWhat name?",
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-    )
+    done = python("-m", "launch.ask", *kept, "launch.nproc=2", input=TYPED)
     assert done.returncode == 0, done.stderr
-    answers = lines_of(path)
-    assert [answer["question"] for answer in answers] == ["Who left?", "What name?"]
-    assert done.stdout == "".join(f"{answer['answer']}\n" for answer in answers)
-    assert "the model's limit is 4096" in done.stderr
+    check_typed(path, done.stdout, done.stderr)
+
+
+def test_so_they_are_by_simulated_ranks(asked, run, monkeypatch):
+    arguments, path = asked
+    kept = [argument for argument in arguments if not argument.startswith("questions")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TYPED))
+    check_typed(path, *run(*kept, *THREADS))
 
 
 KILLED = """
@@ -184,15 +174,9 @@ def test_what_was_answered_survives_kill_9(asked, tmp_path):
     """`python -c KILLED 200 ANSWERS ARGUMENTS...` is the long form."""
     arguments, path = asked
     file = tmp_path / "many.jsonl"
-    file.write_text("\n".join(json.dumps({"question": f"Who left {n}?"}) for n in range(40)))
+    file.write_text("\n".join(json.dumps({"question": f"Who left {n}?"}) for n in range(16)))
     given = [argument for argument in arguments if not argument.startswith("questions")]
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, "12", str(path), *given, f"questions.path={file}", *THREADS],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-    )
+    run = python("-c", KILLED, "12", str(path), *given, f"questions.path={file}", *THREADS)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[0] == "12"
 
@@ -331,14 +315,14 @@ def test_several_documents(follow_up, budget, run, library, chat):
     options = [*THREADS, *budget] + ["questions.follow_up=true"] * follow_up
     _, err = run(*arguments, *options)
     want = alone(chat, texts, asked, **{"follow_up": True} if follow_up else {})
-    assert [answer["answer_ids"] for answer in lines_of(path)] == want
-    assert [answer["document"] for answer in lines_of(path)] == [q["document"] for q in asked]
+    assert [answer["answer_ids"] for answer in json_lines(path)] == want
+    assert [answer["document"] for answer in json_lines(path)] == [q["document"] for q in asked]
     assert ("made room for others: it is encoded again" in err) == bool(budget)
     assert budget or "tokens are encoded already" in err
     whole = path.read_text()
     path.write_text("".join(whole.splitlines(keepends=True)[:4]))
     run(*arguments, *options)
-    assert [answer["answer_ids"] for answer in lines_of(path)] == want
+    assert [answer["answer_ids"] for answer in json_lines(path)] == want
 
 
 def test_a_saved_document_among_others(run, library, chat, book, tmp_path):
@@ -351,7 +335,7 @@ def test_a_saved_document_among_others(run, library, chat, book, tmp_path):
     first = json.dumps({"document": "a book", "load": str(folder)})
     documents.write_text("\n".join([first, *others]))
     run(*arguments, *THREADS)
-    assert [answer["answer_ids"] for answer in lines_of(path)] == alone(chat, texts, asked)
+    assert [answer["answer_ids"] for answer in json_lines(path)] == alone(chat, texts, asked)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,10 @@
 Wrong input ends with status 2 and one line that names it, before any weight is read.
 """
 
-import functools
 import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,51 +16,14 @@ import torch
 from transformers import AutoConfig
 
 import launch.generate
-import launch.options
-import launch.start
-from launch.generate import main
-from launch.options import compose_config
-from ringstar.models import ModelFiles
+from tests.support.commands import python
 from tests.support.models import LONGROPE, tiny_folder
 
+COMMAND = launch.generate
 QUESTION = "question=Who?"
 
 
-@functools.cache
-def composed(overrides: tuple[str, ...], root: str):
-    return compose_config(overrides, root)
-
-
-def compose_once(overrides, root="config"):
-    """Hydra takes a tenth of a second, and most arguments here compose alike."""
-    return composed(tuple(overrides), root)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Neither weights nor ranks may be touched."""
-
-    def touched(*_, **__):
-        raise AssertionError("went on after wrong input")
-
-    monkeypatch.setattr(ModelFiles, "load", touched)
-    monkeypatch.setattr(launch.start, "start_ranks", touched)
-    monkeypatch.setattr(launch.generate, "make_ranks", touched)
-    monkeypatch.setattr(launch.options, "compose_config", compose_once)
-
-
-@pytest.fixture
-def refused(capsys):
-    """Runs main; returns the one line with which it refused."""
-
-    def run(*arguments: str) -> str:
-        status = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert (status, out, len(err.splitlines())) == (2, "", 1), (status, out, err)
-        assert err.startswith("ringstar: ")
-        return err
-
-    return run
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def says(line: str, *parts: str) -> None:
@@ -159,7 +120,7 @@ def test_standard_input_cannot_be_shared_by_torchrun(refused, monkeypatch, chat)
 def test_other_ranks_of_torchrun_stay_silent(capsys, monkeypatch, chat):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([f"model.path={chat}", "nonsense"]) == 2
+    assert COMMAND.main([f"model.path={chat}", "nonsense"]) == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -222,7 +183,7 @@ def test_document_beyond_the_models_limit(refused, ids_file, bare, capsys):
     arguments = [f"model.path={bare}", f"document.ids_path={ids_file([1] * 9000)}"]
     says(refused(*arguments), "9000", "8192", "9131", "model.allow_beyond_limit=true")
     # allowed, it goes on to the weights, which these tests do not let it read
-    assert main([*arguments, "model.allow_beyond_limit=true"]) == 1
+    assert COMMAND.main([*arguments, "model.allow_beyond_limit=true"]) == 1
     assert "went on" in capsys.readouterr().err
 
 
@@ -614,8 +575,7 @@ def test_config_that_cannot_be_written_beside_the_result(refused, tmp_path, chat
 def test_real_process(chat, arguments, part):
     if "cudnn" in part and torch.cuda.is_available():
         pytest.skip("it may run here")
-    command = [sys.executable, "-m", "launch.generate", f"model.path={chat}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = python("-m", "launch.generate", f"model.path={chat}", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     says(done.stderr, "ringstar: ", part)

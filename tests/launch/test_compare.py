@@ -9,7 +9,6 @@ import math
 import os
 import pty
 import re
-import subprocess
 import sys
 import termios
 import weakref
@@ -21,8 +20,6 @@ import yaml
 
 import launch.compare
 import launch.pictures
-import launch.start
-from launch.compare import main
 from launch.compare_facts import MOST, make_facts
 from launch.compare_measure import Measurement, forced, quoted_share
 from launch.compare_needles import even_depths, is_found, plant
@@ -33,12 +30,13 @@ from ringstar.answers import Answer
 from ringstar.config import MAX_NEEDLES, ModelConfig, StarConfig
 from ringstar.errors import UserError
 from ringstar.metrics import RankMetrics
-from ringstar.models import ModelFiles, find_model
+from ringstar.models import find_model
 from ringstar.runtime import LongContext
 from tests.support.chat import LIMIT, LINES, chat_folder
+from tests.support.commands import THREADS, python
 from tests.support.models import tiny_folder
 
-THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
+COMMAND = launch.compare
 SMALL = [*THREADS, "generation.max_new_tokens=6", "compare.probes=3", "compare.probe_tokens=9"]
 QUESTIONS = ["question=Who [left] the harbour?", "question=What's the ship's name?"]
 SETTINGS = [
@@ -57,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     book.write_text("\n".join(LINES * 6))
     path = folder / "result.json"
     given = [f"model.path={chat_folder()}", f"document.path={book}", f"output.path={path}"]
-    assert main([*given, *QUESTIONS, *SETTINGS, *SMALL, "compare.needle_trials=2"]) == 0
+    assert COMMAND.main([*given, *QUESTIONS, *SETTINGS, *SMALL, "compare.needle_trials=2"]) == 0
     return folder
 
 
@@ -213,17 +211,6 @@ def test_what_is_written(folder):
 # -- ways to run it ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*arguments: str, status: int = 0) -> tuple[str, str]:
-        got = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert got == status, err
-        return out, err
-
-    return run
-
-
 def test_one_rank_without_settings_and_files(run, chat, book):
     out, err = run(
         f"model.path={chat}",
@@ -300,37 +287,27 @@ def test_one_bar_on_a_terminal_only(run, monkeypatch, chat, book):
 
 
 @pytest.mark.slow
-def test_real_ranks_find_what_simulated_ones_do(tmp_path, chat, book):
-    found = {}
-    for name, how in (("threads", THREADS), ("gloo", ["launch.nproc=2"])):
-        path = tmp_path / f"{name}.json"
-        options = [*(o for o in SMALL if o not in THREADS), *how, *SETTINGS, QUESTIONS[0]]
-        given = [f"model.path={chat}", f"document.path={book}", f"output.path={path}"]
-        given += ["compare.needles=2", "transport.threads_per_rank=1"][: 1 + (name == "gloo")]
-        command = [sys.executable, "-m", "launch.compare", *given, *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        assert all(line.startswith("ringstar: ") for line in done.stderr.splitlines())
-        assert path.with_suffix(".png").is_file()
-        found[name] = json.loads(path.read_text())
-    for one, other in zip(*(result["settings"] for result in found.values()), strict=True):
+def test_real_ranks_find_what_simulated_ones_do(run, tmp_path, chat, book):
+    """They read the document through a pipe."""
+    threads, gloo = tmp_path / "threads.json", tmp_path / "gloo.json"
+    shared = [f"model.path={chat}", "compare.needles=2", *SETTINGS, QUESTIONS[0]]
+    shared += [option for option in SMALL if option not in THREADS]
+    run(*shared, *THREADS, f"document.path={book}", f"output.path={threads}")
+    how = ["launch.nproc=2", "transport.threads_per_rank=1", "document.path=-"]
+    with Path(book).open() as text:
+        done = python("-m", "launch.compare", *shared, *how, f"output.path={gloo}", stdin=text)
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith("ringstar: ") for line in done.stderr.splitlines())
+    assert "answers side by side" in done.stdout
+    assert all(path.with_suffix(".png").is_file() for path in (threads, gloo))
+    found = [json.loads(path.read_text())["settings"] for path in (threads, gloo)]
+    for one, other in zip(*found, strict=True):
         assert one["answers"][0]["answer_ids"] == other["answers"][0]["answer_ids"]
         assert one["bytes_sent"] == other["bytes_sent"]
         if one["answers"][0]["kl"]:
             pairs = zip(one["passages"], other["passages"], strict=True)
             assert all(a["kl"] == pytest.approx(b["kl"], rel=1e-2, abs=1e-9) for a, b in pairs)
         assert one["trials"][0]["needles"] == other["trials"][0]["needles"]
-
-
-@pytest.mark.slow
-def test_the_document_through_a_pipe(chat, book):
-    given = [f"model.path={chat}", "document.path=-", QUESTIONS[0], "compare.needles=0"]
-    options = ["launch.nproc=2", "transport.threads_per_rank=1", "generation.max_new_tokens=2"]
-    command = [sys.executable, "-m", "launch.compare", *given, *options, "compare.probes=0"]
-    with Path(book).open() as text:
-        done = subprocess.run(command, stdin=text, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "answers side by side" in done.stdout
 
 
 def test_help_says_what_it_is(run):
@@ -342,24 +319,6 @@ def test_help_says_what_it_is(run):
 
 
 # -- what is refused, before weights are read ----------------------------------------------------
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    def touched(*_, **__):
-        raise AssertionError("went on after wrong input")
-
-    monkeypatch.setattr(ModelFiles, "load", touched)
-    monkeypatch.setattr(launch.start, "start_ranks", touched)
-    monkeypatch.setattr(launch.compare, "make_ranks", touched)
-
-    def refused(*arguments: str) -> str:
-        status = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert (status, out, len(err.splitlines())) == (2, "", 1), (status, out, err)
-        return err
-
-    return refused
 
 
 WRONG = [
@@ -408,7 +367,7 @@ def test_wrong_options(refused, chat, book, argument, parts):
     more = ["compare.probes=100000"] if "100000" in argument else []
     line = refused(f"model.path={chat}", f"document.path={book}", QUESTIONS[0], argument, *more)
     if argument.startswith("compare.star="):
-        assert line.startswith("ringstar: compare.star")
+        assert line.startswith("compare.star")
     for part in parts:
         assert part in line, line
 
@@ -455,7 +414,7 @@ def test_settings_with_sliding_windows(refused, ids_file):
     folder = tiny_folder("mistral", sliding_window=100)
     given = [f"model.path={folder}", f"document.ids_path={ids_file([5] * 97)}"]
     line = refused(*given, "compare.star=block_size=50", "compare.probes=0")
-    assert line.startswith("ringstar: compare.star=block_size=50: ")
+    assert line.startswith("compare.star=block_size=50: ")
     assert "sliding window of 100" in line
 
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+import ringstar.kept
 from launch.generate import main
-from ringstar import LongContext
 
 QUESTION = "question=What's the ship's name?"
 THREADS = ["transport=threads", "transport.threads_per_rank=1"]
@@ -67,7 +67,7 @@ def test_an_encode_with_checkpoints_is_the_same_and_takes_up_what_is_there(
     folder = tmp_path / "in parts"
     given = [f"model.path={chat}", f"document.path={book}", f"document.save={folder}"]
     given += [*THREADS, "document.checkpoint_every=2", "encode.chunk_tokens=20"]
-    write, parts = LongContext._write, []
+    write, parts = ringstar.kept.write, []
 
     def stops(*arguments):
         parts.append(1)
@@ -75,7 +75,7 @@ def test_an_encode_with_checkpoints_is_the_same_and_takes_up_what_is_there(
             raise RuntimeError("the power failed")
         return write(*arguments)
 
-    monkeypatch.setattr(LongContext, "_write", stops)
+    monkeypatch.setattr(ringstar.kept, "write", stops)
     _, err = run(*given, "transport.world_size=3", status=1)
     assert "the power failed" in err and not folder.exists()
     monkeypatch.undo()

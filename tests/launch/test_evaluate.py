@@ -17,7 +17,7 @@ import pytest
 
 import launch.evaluate
 import launch.start
-from launch.evaluate import main, picture_paths
+from launch.evaluate import picture_paths
 from launch.evaluate_log import Scored, samples_path
 from launch.evaluate_picture import draw
 from launch.evaluate_plan import make_plan, read_lengths, read_tasks
@@ -29,14 +29,15 @@ from ringstar.config import DenseConfig, RingConfig
 from ringstar.evaluation import RULER, TASKS, paired_p, retention, wilson
 from ringstar.models import ModelFiles, find_model
 from tests.support.chat import chat_folder
+from tests.support.commands import THREADS, environment, json_lines
 from tests.support.models import tiny_folder
 
 pytest.importorskip("wonderwords")
 pytest.importorskip("scipy")
 
 ROOT = Path(__file__).parent.parent.parent
+COMMAND = launch.evaluate
 PAGE = ROOT / "docs/evaluate.md"
-THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
 GIVEN = [
     "evaluate.tasks=qa_1,needle_by_depth",
     "evaluate.lengths=800",
@@ -54,27 +55,15 @@ def model() -> str:
 
 
 def scored(path: Path) -> list[Scored]:
-    lines = samples_path(str(path)).read_text().splitlines()
-    return [Scored(**json.loads(line)) for line in lines]
+    return [Scored(**line) for line in json_lines(samples_path(str(path)))]
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     """The result of one run; the others beside it."""
     path = tmp_path_factory.mktemp("evaluate") / "e.json"
-    assert main([model(), *THREADS, *GIVEN, f"output.path={path}"]) == 0
+    assert COMMAND.main([model(), *THREADS, *GIVEN, f"output.path={path}"]) == 0
     return path
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments: str, status: int = 0) -> tuple[str, str]:
-        got = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert got == status, err
-        return out, err
-
-    return run
 
 
 # -- a whole run -------------------------------------------------------------------------------
@@ -220,10 +209,9 @@ def test_a_killed_run_of_real_ranks_goes_on(tmp_path, run):
     path = tmp_path / "k.json"
     given = [model(), "evaluate.tasks=qa_*", "evaluate.lengths=1200", f"output.path={path}"]
     command = [sys.executable, "-m", "launch.evaluate", "launch.nproc=2", *given]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     killed = subprocess.Popen(
         [*command, "transport.threads_per_rank=1", "evaluate.samples=400"],
-        env=environment,
+        env=environment(),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -375,13 +363,7 @@ def test_lengths_and_tasks():
         (["evaluate.size=3"], "evaluate.size=3: unknown option"),
     ],
 )
-def test_wrong_input_is_one_line(change, says, run, tmp_path, monkeypatch):
-    def touched(*_, **__):
-        raise AssertionError("went on after wrong input")
-
-    monkeypatch.setattr(ModelFiles, "load", touched)
-    monkeypatch.setattr(launch.evaluate, "make_ranks", touched)
-    monkeypatch.setattr(launch.start, "start_ranks", touched)
+def test_wrong_input_is_one_line(change, says, run, untouched, tmp_path):
     qa, one = tmp_path / "qa.jsonl", tmp_path / "one.jsonl"
     qa.write_text('{"question": "Who?"}\n')
     one.write_text('{"question": "Who?", "answers": ["I"], "paragraphs": ["It was I."]}\n' * 2)
@@ -409,7 +391,7 @@ def test_a_missing_package_is_one_line(name, run, monkeypatch):
 
 
 def test_help_teaches(capsys):
-    assert main(["--help"]) == 0
+    assert COMMAND.main(["--help"]) == 0
     out, _ = capsys.readouterr()
     assert "needle_by_depth" in out and "evaluate.star" in out
     families = {re.sub(r"_\d$", "", name) for name in TASKS}

@@ -9,7 +9,6 @@ import json
 import os
 import pty
 import shutil
-import subprocess
 import sys
 import termios
 import threading
@@ -25,8 +24,8 @@ from launch.inputs import standard_input_kept
 from launch.options import parse
 from ringstar.engine import RankEngine
 from ringstar.files import write_atomically
+from tests.support.commands import THREADS, TORCHRUN, python
 
-THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
 SAMPLED = ["generation.temperature=1.5", "generation.top_p=0.9", "generation.seed=3"]
 QUESTION = "question=What's the ship's \"name\" (if it has one), [42] = null;\n船?"
 
@@ -161,34 +160,43 @@ def test_stop_text_ends_the_answer(run, chat, book):
     assert out == cut["answer"] + "\n"
 
 
+OURS = ["-m", "launch.generate"]
+# how ranks are started, and where the document comes from
+STARTS = {
+    "nproc": (OURS, ["launch.nproc=2", "document.path=-"]),
+    "torchrun": ([*TORCHRUN, "2", *OURS], ["document.path={book}"]),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "strategy", [["strategy=ring"], ["strategy=star", "strategy.block_size=70"]], ids=str
+    ("strategy", "starts"),
+    [
+        (["strategy=ring"], ["nproc", "torchrun"]),
+        # by `launch.nproc` star answers in test_compare.py
+        (["strategy=star", "strategy.block_size=70"], ["torchrun"]),
+    ],
+    ids=["ring", "star"],
 )
-def test_three_ways_to_start(tmp_path, chat, book, capsys, strategy):
+def test_three_ways_to_start(tmp_path, chat, book, capsys, strategy, starts):
     """Sampled with a seed; the document is a file, a pipe to our launcher, and a file again."""
     shared = [f"model.path={chat}", QUESTION, *SAMPLED, *strategy, "generation.max_new_tokens=16"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ours = ["-m", "launch.generate"]
-    results = {}
-    for name, start, options in (
-        ("nproc", ours, ["launch.nproc=2", "document.path=-"]),
-        ("torchrun", [*torchrun, *ours], [f"document.path={book}"]),
-    ):
-        path = tmp_path / f"{name}.json"
-        command = [sys.executable, *start, *shared, *options, f"output.path={path}"]
-        with open(book, "rb") as text:
-            done = subprocess.run(command, stdin=text, capture_output=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        results[name] = json.loads(path.read_text())
-        assert done.stdout.decode() == results[name]["answer"] + "\n"
-        assert results[name]["transport"] in ("gloo", "nccl")
-        assert b"%" not in done.stderr  # no bar where nobody watches
-        config = yaml.safe_load((tmp_path / f"{name}.config.yaml").read_text())
-        assert "report" not in config["launch"]
     path = tmp_path / "threads.json"
     assert main([*shared, *THREADS, f"document.path={book}", f"output.path={path}"]) == 0
-    results["threads"] = json.loads(path.read_text())
+    results = {"threads": json.loads(path.read_text())}
+    for name in starts:
+        command, options = STARTS[name]
+        path = tmp_path / f"{name}.json"
+        given = [*shared, *(o.format(book=book) for o in options), f"output.path={path}"]
+        with open(book) as text:
+            done = python(*command, *given, stdin=text)
+        assert done.returncode == 0, done.stderr
+        results[name] = json.loads(path.read_text())
+        assert done.stdout == results[name]["answer"] + "\n"
+        assert results[name]["transport"] in ("gloo", "nccl")
+        assert "%" not in done.stderr  # no bar where nobody watches
+        config = yaml.safe_load((tmp_path / f"{name}.config.yaml").read_text())
+        assert "report" not in config["launch"]
     for result in results.values():
         check_result(result, world=2)
     assert len({tuple(result["answer_ids"]) for result in results.values()}) == 1

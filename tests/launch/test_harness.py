@@ -4,21 +4,18 @@ lm-eval's own command line on ranks: our options, then its arguments.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 import launch.harness
-from launch.harness import main, split
+from launch.harness import split
 from ringstar.harness import RingstarLM
+from tests.support.commands import TORCHRUN, environment, json_lines, python
 from tests.support.lm_eval_tasks import choices, local_task
 
-ROOT = Path(__file__).parents[2]
+COMMAND = launch.harness
 # without a look through the 14,000 files of its own tasks
 SCRIPT = """
 import functools, sys
@@ -29,22 +26,6 @@ TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_def
 torch.set_grad_enabled(False)
 sys.exit(main(sys.argv[1:]))
 """
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    def touched(*_, **__):
-        raise AssertionError("went on after wrong input")
-
-    def refused(*arguments):
-        monkeypatch.setattr("launch.harness.make_ranks", touched)
-        monkeypatch.setattr("launch.start.start_ranks", touched)
-        assert main(list(arguments)) == 2
-        out, err = capsys.readouterr()
-        assert not out and len(err.splitlines()) == 1
-        return err.removeprefix("ringstar: ").strip()
-
-    return refused
 
 
 def test_what_has_a_dash_and_all_after_it_is_the_harness_s():
@@ -62,16 +43,8 @@ def test_processes_run_a_task_and_one_of_them_speaks(chat, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     own = [f"model.path={chat}", "transport.threads_per_rank=1"]
     theirs = ["--tasks", task, "--include_path", str(tmp_path), "--output_path", str(results)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "script.py", *own, *theirs, "--log_samples"]
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": search, "HF_HUB_OFFLINE": "1"},
-    )
+    command = [*TORCHRUN, "2", "script.py", *own, *theirs, "--log_samples"]
+    run = python(*command, cwd=tmp_path, env=environment(HF_HUB_OFFLINE="1"))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("|acc_norm") == 1 and run.stdout.count(task) == 1
     assert "2 ranks over gloo" in run.stderr
@@ -80,7 +53,7 @@ def test_processes_run_a_task_and_one_of_them_speaks(chat, tmp_path):
     assert (config["model"], config["ranks"], config["transport"]) == ("RingstarLM", 2, "gloo")
     (samples,) = results.rglob("samples_*.jsonl")
     lm = RingstarLM(chat, transport="threads", world_size=3, threads_per_rank=1)
-    for sample in map(json.loads, samples.read_text().splitlines()):
+    for sample in json_lines(samples):
         for request, (value,) in zip(sample["arguments"].values(), sample["resps"], strict=True):
             pair = type("Request", (), {"args": (request["arg_0"], request["arg_1"])})
             ((want, _),) = lm.loglikelihood([pair], disable_tqdm=True)
@@ -107,6 +80,6 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypat
 
 def test_arguments_that_the_harness_does_not_know_end_as_it_ends(chat, capsys):
     with pytest.raises(SystemExit) as left:
-        main([f"model.path={chat}", "--tasks", "x", "--no_such_thing"])
+        COMMAND.main([f"model.path={chat}", "--tasks", "x", "--no_such_thing"])
     assert left.value.code == 2
     assert "--no_such_thing" in capsys.readouterr().err

@@ -10,9 +10,9 @@ import pytest
 import launch.ask
 import launch.compare
 from launch.generate import main
+from tests.support.commands import THREADS
 from tests.support.traces import bytes_sent, check_format, of_kind, read, seconds
 
-THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
 REAL = ["launch.nproc=4", "model=smollm2", "transport.threads_per_rank=1"]
 
 

@@ -5,8 +5,6 @@ Log-probabilities from the command line: of continuations, and of a document wit
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,14 @@ import torch
 import yaml
 
 import launch.pictures
-from launch.score import main
+import launch.score
 from launch.score_plan import RESULT_FIELDS
 from launch.score_result import _some
 from ringstar import LongContext
+from tests.support.commands import THREADS, json_lines, python
 from tests.support.models import eager
 
-THREADS = ["transport=threads", "transport.world_size=2", "transport.threads_per_rank=1"]
-ROOT = Path(__file__).parents[2]
+COMMAND = launch.score
 LINES = [
     {"continuation": " The ship left.", "id": 7},
     {"continuation": "\n"},
@@ -29,33 +27,7 @@ LINES = [
 ]
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*arguments, status=0):
-        got = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert got == status, err
-        return out, err
-
-    return run
-
-
-@pytest.fixture
-def refused(run, monkeypatch):
-    def touched(*_, **__):
-        raise AssertionError("went on after wrong input")
-
-    def refused(*arguments):
-        monkeypatch.setattr("launch.score.make_ranks", touched)
-        monkeypatch.setattr("launch.start.start_ranks", touched)
-        out, err = run(*arguments, status=2)
-        assert not out and len(err.splitlines()) == 1
-        return err.removeprefix("ringstar: ").strip()
-
-    return refused
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runtime(chat):
     return LongContext.from_pretrained(chat, transport="threads", world_size=3, threads_per_rank=1)
 
@@ -114,7 +86,7 @@ def test_continuations_follow_the_document(run, chat, book, tmp_path, lines_file
     more = ['score.continuation= "a, b"', "score.continuation= x=1"]
     out, err = run(*given, *more, f"output.path={path}")
     assert out == "" and f"5 continuations scored, in {path}" in err
-    found = [json.loads(line) for line in path.read_text().splitlines()]
+    found = json_lines(path)
     lines = [{"continuation": ' "a, b"'}, {"continuation": " x=1"}, *LINES]
     asked = [line.get("continuation") or line["continuation_ids"] for line in lines]
     scores = runtime.score(Path(book).read_text(), asked)
@@ -150,10 +122,10 @@ def test_answers_to_a_question_about_a_saved_document(run, chat, book, tmp_path,
 
 def test_processes_and_a_pipe(chat, book, tmp_path, runtime):
     path = tmp_path / "score.json"
-    command = [sys.executable, "-m", "launch.score", "launch.nproc=2", f"model.path={chat}"]
-    command += ["document.path=-", f"output.path={path}", "transport.threads_per_rank=1"]
+    given = ["launch.nproc=2", f"model.path={chat}", "document.path=-"]
+    given += [f"output.path={path}", "transport.threads_per_rank=1"]
     with open(book) as text:
-        done = subprocess.run(command, stdin=text, capture_output=True, text=True, cwd=ROOT)
+        done = python("-m", "launch.score", *given, stdin=text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("perplexity ")
     score = runtime.score_text(Path(book).read_text())

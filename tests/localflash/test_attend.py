@@ -82,6 +82,8 @@ def test_bands(name, device, dtype, band):
 def test_long_causal_squares(name, device, rows):
     """Across the sizes at which the CPU path starts to split squares."""
     run_on(name, device)
+    if name == "triton" and device == "cpu" and rows > 600:
+        pytest.skip("Triton's interpreter is slow, and 600 rows are several blocks of each kind")
     q, k, v = data(rows, rows, device=device, heads=(2, 1), batch=1)
     band = Band(0, 1, 0, 1)
     agree(attend(q, k, v, band, backend=name), q, k, v, band)

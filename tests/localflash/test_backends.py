@@ -4,8 +4,8 @@
 import pytest
 import torch
 
+from benchmarks.live_bytes import LiveBytes
 from localflash import Band, attend, attend_reference, choose, merge_many, torch_cpu, torch_cuda
-from tests.support.memory import LiveBytes
 
 CPU = {"device": "cpu", "dtype": torch.float32, "head_dim": 64}
 

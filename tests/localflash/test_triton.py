@@ -62,7 +62,8 @@ def on(device, *tensors):
 @settings(max_examples=40, deadline=None)
 @given(ANY_BAND, st.integers(1, 150), st.integers(1, 150))
 def test_any_band(device, band, tq, tk):
-    q, k, v = data(tq, tk, heads=(4, 2), batch=1, device=device)
+    # one KV head, for the interpreter's sake; tests of conformance have two
+    q, k, v = data(tq, tk, heads=(2, 1), batch=1, device=device)
     agree(encode(q, k, v, band, 0.25, None, None), q, k, v, band, tol=5e-6)
     got = decode(q, DenseKV(k, v), band, 0.25, None, None, splits=3)
     agree(got, q, k, v, band, tol=5e-6)

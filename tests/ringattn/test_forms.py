@@ -9,43 +9,24 @@ from bisect import bisect_left
 import pytest
 import torch
 
-import localflash.quantised
-from localflash import Band, DenseKV, attend, attend_reference, joined_kv, quantise
+from localflash import Band, attend, attend_reference, joined_kv
 from ringattn import Costs, KVBuffers, RingStrategy
 from seqpar import Span, positions, token_nbytes
+from tests.support.forms import DIM, FORMS, document_in, in_two_pieces, tokens_of, widened
 from tests.support.models import relative_error
 from tests.support.ranks import in_processes, in_threads
 
-HEADS, KV_HEADS, DIM, TOKENS = 6, 2, 16, 61
-FORMS = {"dense": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _widened_in_small_pieces():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(localflash.quantised, "WIDEN_TOKENS", 7)
-        yield
+HEADS, KV_HEADS, TOKENS = 6, 2, 61
+pytestmark = pytest.mark.usefixtures("widened_in_small_pieces")
 
 
 def document(form):
-    """Queries, and KV in this form, of a whole document."""
-    generator = torch.Generator().manual_seed(3)
-    q, k, v = (2 * torch.randn(1, TOKENS, h, DIM, generator=generator) for h in (HEADS, 2, 2))
-    return q, quantise(k, v, FORMS[form]) if FORMS[form] else DenseKV(k, v)
+    return document_in(form, TOKENS)
 
 
 def one_device(q, kv, window):
-    k, v = (torch.cat(x, 1) for x in zip(*(s[2:] for s in kv.segments(q.dtype)), strict=True))
-    return attend_reference(*(t.double() for t in (q, k, v)), Band(0, 1, 0, 1, window))[0]
-
-
-def rows(kv, index):
-    return kv.of(tuple(t[:, index] for t in kv.tensors))
-
-
-def halves(kv):
-    middle = kv.tokens // 3
-    return joined_kv([kv.slice(0, middle), kv.slice(middle, kv.tokens)])
+    tensors = (t.double() for t in (q, *widened(kv, q.dtype)))
+    return attend_reference(*tensors, Band(0, 1, 0, 1, window))[0]
 
 
 def encoded(transport, form, past_by, chunk_tokens, window, layout="zigzag"):
@@ -60,7 +41,7 @@ def encoded(transport, form, past_by, chunk_tokens, window, layout="zigzag"):
     kept, found, outs = [], [], []
     for extension in extensions:
         own = positions(extension.parts[0].positions)
-        new = halves(rows(whole, own))
+        new = in_two_pieces(tokens_of(whole, own))
         past = joined_kv([whole.slice(0, 0), *seen(kept, extension, window)])
         before = transport.counters.bytes_sent
         out, _ = extension.attend(0, q[:, own], new, [past], window=window, attend=attend)
@@ -132,7 +113,7 @@ def test_buffers_serve_every_form_in_turn():
     first = buffers.arriving(dense, 9, 10)
     room = buffers.nbytes
     assert room == 2 * 10 * token_nbytes(dense)
-    second = buffers.arriving(halves(small), 9, 10)
+    second = buffers.arriving(in_two_pieces(small), 9, 10)
     assert buffers.nbytes == room
     for kv, like in ((first, dense), (second, small)):
         assert kv.tokens == 9

@@ -43,7 +43,7 @@ def test_only_what_is_new_is_computed():
     ring, seen = runtime(tiny_folder("llama"), 2), []
     document = ring.encode(random_ids(60))
     ring.ask(document, QUESTION, max_new_tokens=3)
-    model = ring._engines[0].model.model.model
+    model = ring.group.engines[0].model.model.model
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

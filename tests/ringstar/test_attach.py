@@ -6,11 +6,7 @@ A user's own model and `generate`, over ranks: equal to one device, or refused b
 import copy
 import functools
 import logging
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +28,7 @@ from ringstar.config import RingConfig, StarConfig
 from seqpar import token_count
 from seqpar.process import ProcessWorld
 from tests.support.chat import chat_folder, tiny_tokenizer
+from tests.support.commands import TORCHRUN, python
 from tests.support.models import DYNAMIC, LONGROPE, over_bound, random_ids, tiny_folder
 from tests.support.models import expected as one_device
 from tests.support.ranks import in_processes
@@ -742,16 +739,20 @@ def generate_rank(transport, folder, ids, seed_of_rank):
     )
 
 
+def every_family(transport, folders, ids):
+    return [generate_rank(transport, folder, ids, 0) for folder in folders]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_process_gets_what_one_device_gets(family, world):
-    folder, ids = tiny_folder(family), random_ids(101)
-    results = in_processes(world, generate_rank, folder, ids, 0)
-    want = plain(folder, tuple(ids), max_new_tokens=64)
-    assert all(made == want.tolist() for made, _, _ in results)
-    kept = [tokens for _, tokens, _ in results]
-    assert sum(kept) == 101 and max(kept) - min(kept) <= 3
+def test_every_process_gets_what_one_device_gets(world):
+    folders, ids = [tiny_folder(family) for family in FAMILIES], random_ids(101)
+    ranks = in_processes(world, every_family, folders, ids)
+    for folder, results in zip(folders, zip(*ranks, strict=True), strict=True):
+        want = plain(folder, tuple(ids), max_new_tokens=64)
+        assert all(made == want.tolist() for made, _, _ in results), folder
+        kept = [tokens for _, tokens, _ in results]
+        assert sum(kept) == 101 and max(kept) - min(kept) <= 3, folder
 
 
 def test_ranks_that_sample_apart_are_found_out():
@@ -779,37 +780,34 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 import ringstar
 
-folder, mode = sys.argv[1:]
-if mode == "own group":
-    dist.init_process_group("gloo")
-model = AutoModelForCausalLM.from_pretrained(folder)
-for layout in ("zigzag", "striped", "contiguous"):
-    attached = ringstar.attach(model, layout=layout)
-    ids = model.generate(torch.arange(40)[None], max_new_tokens=8, do_sample=False)
-    if attached.rank == 0:
-        print(attached.world_size, ids[0, 40:].tolist())
-    ringstar.detach(model)
-assert dist.is_initialized() == (mode == "own group")
-if mode == "own group":
-    dist.barrier()
-    dist.destroy_process_group()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+
+
+def attach_again():
+    for layout in ("zigzag", "striped", "contiguous"):
+        attached = ringstar.attach(model, layout=layout)
+        ids = model.generate(torch.arange(40)[None], max_new_tokens=8, do_sample=False)
+        if attached.rank == 0:
+            print(attached.world_size, ids[0, 40:].tolist())
+        ringstar.detach(model)
+
+
+attach_again()
+assert not dist.is_initialized()
+dist.init_process_group("gloo")
+attach_again()
+assert dist.is_initialized()
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["own group", "none"])
-def test_scripts_under_torchrun_attach_again_and_keep_their_group(mode, tmp_path):
+def test_scripts_under_torchrun_attach_again_and_keep_their_group(tmp_path):
+    """Without a group of their own, and with one."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    folder, root = tiny_folder("llama"), Path(__file__).parents[2]
+    folder = tiny_folder("llama")
     want = plain(folder, tuple(range(40)), max_new_tokens=8)[0, 40:].tolist()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*command, "--nproc-per-node", "3", "script.py", folder, mode],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
-    )
+    run = python(*TORCHRUN, "3", "script.py", folder, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == [f"3 {want}"] * 3
+    assert run.stdout.splitlines() == [f"3 {want}"] * 6

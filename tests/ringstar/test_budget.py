@@ -18,9 +18,9 @@ from ringstar.config import byte_size
 from ringstar.memory import free_memory
 from ringstar.stowed import HostPlace
 from seqpar.process import ProcessWorld
-from tests.support.models import eager, expected, over_bound, random_ids, tiny_folder
+from tests.support.models import eager, expected, random_ids, tiny_folder
 from tests.support.ranks import in_processes
-from tests.support.runtime import simulated
+from tests.support.runtime import assert_exact, simulated
 
 QUESTION, NEW = random_ids(9, seed=4), 8
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of a tiny model's KV: layers, k and v, heads, head size, float32
@@ -41,14 +41,11 @@ def runtime(folder, cache, world=2, **options):
 
 
 def check(ring, folder, document):
-    want = expected(folder, [*document.ids, *QUESTION], NEW)
-    answer = ring.ask(document, QUESTION, max_new_tokens=NEW)
-    assert over_bound(answer.first_logits, want) <= 1
-    assert answer.ids == want.ids
+    assert_exact(ring, document, folder, QUESTION, NEW)
 
 
 def within(ring):
-    for engine in ring._engines.values():
+    for engine in ring.group.engines.values():
         assert engine.pool.allocated_nbytes <= engine.pool.limit
 
 
@@ -93,7 +90,7 @@ def test_pinned_documents_stay_and_others_are_refused_before_anything_goes():
 def test_a_document_that_never_fits_is_refused_before_it_is_encoded():
     ring = runtime(tiny_folder("llama"), budget(40))
     seen = []
-    decoder = ring._engines[0].model.model.get_decoder()
+    decoder = ring.group.engines[0].model.model.get_decoder()
     decoder.register_forward_pre_hook(lambda *_: seen.append(1))
     with pytest.raises(UserError, match=r"^cache\.max_bytes=20,480: "):
         ring.encode(random_ids(100))
@@ -181,7 +178,7 @@ def test_what_goes_to_disk_comes_back(family, tmp_path):
     del encoded, longer, again, document
     ring.shelf._by_use.clear()
     ring.shelf._by_block.clear()
-    ring._places.clear()
+    ring.group.places.clear()
     assert not any(place.rglob("*.safetensors"))
 
 
@@ -285,7 +282,7 @@ def test_the_budget_is_a_share_of_what_is_free(monkeypatch):
     monkeypatch.setattr(ringstar.memory, "free_memory", lambda device: 1_000_000)
     for fraction, world, limit in ((None, 1, 800_000), (0.5, 2, 250_000)):
         ring = runtime(tiny_folder("llama"), CacheConfig(memory_fraction=fraction), world)
-        assert {engine.pool.limit for engine in ring._engines.values()} == {limit}
+        assert {engine.pool.limit for engine in ring.group.engines.values()} == {limit}
 
 
 def test_a_container_has_less_than_its_host(monkeypatch, tmp_path):

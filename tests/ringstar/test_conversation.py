@@ -42,7 +42,7 @@ def test_each_turn_sees_those_before_it(family, world):
 def test_turns_are_read_once():
     ring, seen = runtime(tiny_folder("llama"), 2), []
     document = ring.encode(DOCUMENT)
-    hook = ring._engines[0].model.model.model.register_forward_pre_hook(
+    hook = ring.group.engines[0].model.model.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     talk = ring.converse(document)
@@ -80,7 +80,7 @@ def test_a_turn_that_failed_leaves_the_turns_before_it():
     def fails(_, args, output):
         raise KeyError("once")
 
-    hook = ring._engines[0].model.model.lm_head.register_forward_hook(fails)
+    hook = ring.group.engines[0].model.model.lm_head.register_forward_hook(fails)
     with pytest.raises(KeyError):
         talk.ask(TURNS[1], max_new_tokens=NEW)
     hook.remove()

@@ -66,7 +66,7 @@ def ask_twice_with_a_fault(transport, folder):
     document = ring.encode(random_ids(12))
     shown = []
 
-    def on_text_fails(engine=ring._engines[transport.rank]):
+    def on_text_fails(engine=ring.group.engines[transport.rank]):
         agree = engine._agree
 
         def failing(logits, sampler):
@@ -110,7 +110,7 @@ def test_logits_that_are_not_finite_are_a_fault_on_every_rank(monkeypatch):
     ring = runtime()
     document = ring.encode(random_ids(5))
     with torch.no_grad():
-        ring._engines[0].model.model.lm_head.weight[3] = float("inf")
+        ring.group.engines[0].model.model.lm_head.weight[3] = float("inf")
     with pytest.raises(RuntimeError, match="logits that are not finite"):
         ring.ask(document, random_ids(2))
 

@@ -96,7 +96,7 @@ def test_no_token_is_computed_that_is_not_theirs():
     folder, world = tiny_folder("llama"), 3
     ring = runtime(folder, world)
     seen = []
-    model = ring._engines[0].model.model
+    model = ring.group.engines[0].model.model
     hook = model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

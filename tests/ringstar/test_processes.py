@@ -72,6 +72,10 @@ def test_equal_to_one_device(world):
             assert tokens == want.ids, case
 
 
+def each_layout(transport, folder):
+    return [one_answer(transport, folder, layout) for layout in LAYOUTS]
+
+
 def one_answer(transport, folder, layout):
     config = Config(model=ModelConfig(path=folder), strategy=RingConfig(layout=layout))
     config.encode.chunk_tokens = 20
@@ -80,15 +84,15 @@ def one_answer(transport, folder, layout):
     return answer.first_logits, answer.metrics
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_transports_agree_bitwise_and_count_alike(layout):
+def test_transports_agree_bitwise_and_count_alike():
     folder = tiny_folder("llama")
-    processes = in_processes(3, one_answer, folder, layout)
-    threads = in_threads(3, one_answer, folder, layout)
-    for (logits, metrics), (simulated, simulated_metrics) in zip(processes, threads, strict=True):
-        assert torch.equal(logits, simulated)
-        assert metrics.kv_bytes == simulated_metrics.kv_bytes
-        assert metrics.bytes_sent == simulated_metrics.bytes_sent
+    starts = (start(3, each_layout, folder) for start in (in_processes, in_threads))
+    for ranks in zip(*starts, strict=True):
+        for layout, given, simulated in zip(LAYOUTS, *ranks, strict=True):
+            (logits, metrics), (its_logits, its_metrics) = given, simulated
+            assert torch.equal(logits, its_logits), layout
+            assert metrics.kv_bytes == its_metrics.kv_bytes, layout
+            assert metrics.bytes_sent == its_metrics.bytes_sent, layout
 
 
 def encoded_bytes(transport, folder, layout, document):

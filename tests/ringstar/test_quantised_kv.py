@@ -102,7 +102,7 @@ def test_saved_put_aside_copied_and_appended(dtype, tmp_path):
         assert relative_error(answer.first_logits, first.first_logits) < 1e-5
     again = ring.encode(DOCUMENT)
     assert again.cached_tokens == len(DOCUMENT)
-    for shard, place in zip(again.shards, ring._places, strict=True):
+    for shard, place in zip(again.shards, ring.group.places, strict=True):
         assert place is None
         shard.stow(DiskPlace(str(tmp_path)))
     answer = ring.ask(again, QUESTION, max_new_tokens=8)

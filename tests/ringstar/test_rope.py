@@ -299,7 +299,7 @@ def test_answers_are_those_of_one_device_in_either_precision(family, precision, 
         ring = runtime(folder, 3, rope=RopeConfig(precision))
     assert f"rope in {precision} (as asked)" in caplog.messages
     # one model is behind the engines of all ranks
-    assert ring._engines[0].model.rotary.precision == precision
+    assert ring.group.engines[0].model.rotary.precision == precision
     answer = ring.ask(ring.encode(ids), question, max_new_tokens=8)
     want = expected(folder, ids + question, 8)
     assert relative_error(answer.first_logits, want.logits64_V) <= 1e-5

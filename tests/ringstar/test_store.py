@@ -10,8 +10,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from ringstar import LongContext, UserError
 from ringstar.config import RopeConfig, StarConfig
 from ringstar.store import manifest as manifests
 from seqpar.process import ProcessWorld
+from tests.support.commands import python
 from tests.support.models import DYNAMIC, LONGROPE, expected, over_bound, random_ids, tiny_folder
 from tests.support.ranks import in_processes
 from tests.support.runtime import simulated
@@ -274,7 +273,7 @@ def test_other_weights_of_the_same_shape_are_refused(saved, tmp_path):
     shutil.copytree(tiny_folder("llama"), folder)
     ring = runtime(str(folder))
     with torch.no_grad():
-        ring._engines[0].model.model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+        ring.group.engines[0].model.model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(UserError, match=r"another model \(weights or config\)"):
         ring.load(str(saved))
 
@@ -411,13 +410,6 @@ print(rounds, len(os.listdir(folder)))
 @pytest.mark.slow
 def test_nothing_that_was_saved_is_lost_to_kill_9(tmp_path):
     """`python -c KILLED MODEL FOLDER 200` is the long form."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, tiny_folder("llama"), str(tmp_path / "d"), "40"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    run = python("-c", KILLED, tiny_folder("llama"), str(tmp_path / "d"), "40")
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["40", "2"]

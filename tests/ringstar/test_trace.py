@@ -91,7 +91,7 @@ def test_kernels_say_whose_keys_they_read(tmp_path):
 
 def test_nothing_is_in_the_way_when_nothing_is_recorded():
     runtime = LongContext.from_config(config_of(tiny_folder("llama"), None))
-    for engine in runtime._engines.values():
+    for engine in runtime.group.engines.values():
         assert type(engine._transport) is ThreadTransport
         assert type(engine.model) is BoundModel
         assert engine._kernel == "torch"

@@ -8,7 +8,16 @@ from typing import Any
 from seqpar import ThreadWorld
 from seqpar.spawn import Start, run_processes
 
-_PRELOAD = ["torch", "transformers", "transformers.models.llama", "ringstar", "ringattn"]
+# with what modules of tests import: a rank is then there in a tenth of a second
+_PRELOAD = [
+    "torch",
+    "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama",
+    "ringstar",
+    "ringattn",
+    "hypothesis",
+    "pytest",
+]
 
 
 def in_threads(world: int, rank_fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:

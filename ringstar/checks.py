@@ -1,0 +1,111 @@
+"""What users give, checked before anything is computed: token ids, lengths, kernels."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import localflash
+from ringstar.config import Config, StarConfig, StrategyConfig, check
+from ringstar.errors import UserError
+from ringstar.models import ModelFacts, ModelFiles, choose_dtype
+from ringstar.ranks import check_strategy
+from ringstar.strategies import check_document
+
+Text = str | Sequence[int]
+
+
+def token_ids(
+    key: str, given: Text, tokenize: Callable[[str], list[int]], vocab_size: int
+) -> list[int]:
+    """Token ids of what a user gave as text or as ids; raises UserError."""
+    if isinstance(given, str):
+        ids = tokenize(given) if given.strip() else []
+    else:
+        try:
+            ids = [operator.index(token) for token in given]
+        except TypeError as error:
+            raise UserError(key, None, f"token ids must be integers ({error})") from error
+    check_ids(key, ids, vocab_size)
+    return ids
+
+
+def check_ids(key: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise UserError unless there are ids and all are in the vocabulary."""
+    if not ids:
+        raise UserError(key, None, "is empty; at least one token is needed")
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise UserError(key, outside, f"token ids must be from 0 to {vocab_size - 1}")
+
+
+def check_fits(
+    config: Config, files: ModelFiles, world_size: int, context: int, query: int = 0, new: int = 0
+) -> None:
+    """Raise UserError for token counts that this model, strategy or ranks cannot take."""
+    check(config)
+    check_strategy(config, world_size)
+    check_document(config.strategy, context, world_size, files.vocab_size)
+    check_positions(config.strategy, files, context + query + new)
+    _check_rope_jump(files, context + query, new if query else 0)
+    total, limit = context + query + new, files.max_positions
+    if total > limit and not config.model.allow_beyond_limit:
+        parts = f"{context} tokens" + (f" + question {query} + answer {new}" if query else "")
+        raise UserError(
+            "document",
+            parts,
+            f"{total} positions, but the model's limit is {limit};"
+            " model.allow_beyond_limit=true overrides",
+        )
+
+
+def _check_rope_jump(files: ModelFiles, read: int, new: int) -> None:
+    """Past that length everything before it would have to be encoded again."""
+    after = files.rope_jumps_after
+    if after is not None and read <= after < read + new - 1:
+        raise UserError(
+            "generation.max_new_tokens",
+            new,
+            f"after {read} positions the answer would cross {after}, where this model's rotary"
+            f" embedding (longrope) changes; allowed: up to {after - read + 1}",
+        )
+
+
+def check_positions(strategy: StrategyConfig, files: ModelFacts, positions: int) -> None:
+    """Star Attention is wrong where a layer's sliding window hides positions: a UserError."""
+    window = files.window
+    if isinstance(strategy, StarConfig) and window is not None and window < positions:
+        raise UserError(
+            "strategy",
+            "star",
+            f"the model's sliding window of {window} tokens hides part of {positions:,} positions"
+            " and the anchor with them; use strategy=ring",
+        )
+
+
+def choose_kernel(config: Config, files: ModelFacts, device: torch.device) -> localflash.Choice:
+    """The local attention for this model on `device`; raises UserError if it cannot run there."""
+    dtype, _ = choose_dtype(config.model, files.config, device)
+    name = config.kernel.name
+    try:
+        choice = localflash.choose(
+            name,
+            device=device,
+            dtype=dtype,
+            head_dim=_head_dim(files.config),
+            softcap=getattr(files.config, "attn_logit_softcapping", None),
+        )
+    except ValueError as error:
+        raise UserError("kernel", name, str(error).removeprefix(f"kernel={name}: ")) from error
+    if config.kernel.unified_max and choice.backend.attend_unified is None:
+        has = ", ".join(n for n, backend in localflash.BACKENDS.items() if backend.attend_unified)
+        lacks = f"kernel {choice.backend.name} has none; allowed with kernel={has}"
+        raise UserError("kernel.unified_max", "true", lacks)
+    return choice
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
