@@ -16,6 +16,7 @@ from seqpar.process import ProcessWorld, connect, local_ranks, under_torchrun
 
 __all__ = [
     "Ranks",
+    "Transport",
     "check_gpus",
     "check_ranks",
     "check_strategy",

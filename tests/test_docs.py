@@ -17,9 +17,11 @@ import pytest
 
 import launch.options
 from launch import faults, generate, score_result
+from launch.bench.__main__ import with_against
 from launch.harness import split
 from launch.options import (
     ASK,
+    BENCH,
     COMPARE,
     EVALUATE,
     GENERATE,
@@ -55,6 +57,7 @@ OF_MODULES = {
     "launch.harness": HARNESS,
     "launch.score": SCORE,
     "launch.evaluate": EVALUATE,
+    "launch.bench": BENCH,
 }
 BLOCKS = {
     page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
@@ -89,6 +92,8 @@ def test_commands_name_what_exists(page, line):
     if module == "launch.harness":  # what has a dash, and all after it, is not ours
         options, theirs = split(options)
         assert theirs
+    if module == "launch.bench":
+        options = with_against(options)
     assert importlib.util.find_spec(module)
     command = OF_MODULES.get(module, GENERATE)
     known = {*every_option(command), *command.groups}

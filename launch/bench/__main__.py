@@ -68,7 +68,7 @@ log = logging.getLogger("ringstar")
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, start everyone who is measured, report; returns the exit status."""
-    given = _with_against(arguments)
+    given = with_against(arguments)
     if under_torchrun():
         run = partial(run_rank, given)
         return RankCommand("launch.bench", BENCH.parse, check_request, run, _help).main(given)
@@ -187,7 +187,7 @@ def _bar(plan: Plan) -> tqdm:
     )
 
 
-def _with_against(arguments: Sequence[str]) -> list[str]:
+def with_against(arguments: Sequence[str]) -> list[str]:
     """`--against FILE` and `--against=FILE` as our own option."""
     given, found = list(arguments), []
     while given:

@@ -9,42 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringattn import KVBuffers, ring_attention
-from seqpar import Layout, Transport, positions
+from ringstar.attention_alone import Call, ring_share
+from ringstar.ranks import Transport
 
-Call = Callable[[], Tensor]
 # what each rank does once, before it is measured: q, k and v of all tokens, and its transport
 Prepare = Callable[[list[Tensor], Transport], Call]
 
 OURS, PEER, ONE_PROCESS = "ringattn", "ring-attention-pytorch", "PyTorch sdpa"
-
-
-def tensors(config: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """q, k, v (1, T, H, D) with the heads of a model's config, the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
-    q_heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
-    return [
-        torch.randn(1, tokens, heads, dim, generator=generator).to(device, dtype)
-        for heads in (q_heads, kv_heads, kv_heads)
-    ]
-
-
-def ours(qkv: list[Tensor], transport: Transport) -> Call:
-    """`ringattn.ring_attention` on this rank's share, zigzag."""
-    tokens = qkv[0].shape[1]
-    layout = Layout("zigzag", 0, tokens, transport.world_size)
-    own = torch.tensor(positions(layout.runs(transport.rank)), device=qkv[0].device)
-    q, k, v = (t[:, own] for t in qkv)
-    buffers = KVBuffers()
-    return lambda: ring_attention(q, k, v, transport=transport, length=tokens, buffers=buffers)
 
 
 def peer(qkv: list[Tensor], transport: Transport) -> Call:
@@ -72,13 +48,13 @@ def _peer_attention(cuda: bool) -> Callable[..., Tensor]:
     return ring_flash_attn
 
 
-def one_process(qkv: list[Tensor], _: Transport) -> Call:
+def one_process(qkv: list[Tensor], _: Transport | None = None) -> Call:
     """PyTorch's own attention over the whole."""
     q, k, v = (t.transpose(1, 2) for t in qkv)
     return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-PREPARED: dict[str, Prepare] = {OURS: ours, PEER: peer, ONE_PROCESS: one_process}
+PREPARED: dict[str, Prepare] = {OURS: ring_share, PEER: peer, ONE_PROCESS: one_process}
 
 
 def why_never(worlds: Sequence[int], transport: str) -> str | None:

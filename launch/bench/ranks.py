@@ -26,14 +26,14 @@ from launch.options import BENCH
 from launch.start import RankCommand, run_program
 from launch.weights import usable_model
 from ringstar import attach, detach
+from ringstar.attention_alone import random_qkv
 from ringstar.config import BenchConfig, StrategyConfig
 from ringstar.metrics import gather_integers, largest
 from ringstar.models import ModelFiles, choose_dtype
 from ringstar.models.one_device import plain_model
 from ringstar.models.plain_generate import PlainGenerate
-from ringstar.ranks import Ranks, make_ranks
+from ringstar.ranks import Ranks, Transport, make_ranks
 from ringstar.runtime import LongContext
-from seqpar import Transport
 
 
 def check_request(config: BenchConfig) -> tuple[ModelFiles, Plan]:
@@ -172,7 +172,7 @@ class RankBench:
         dtype, _ = choose_dtype(self._config.model, self._files.config, self._device)
 
         def on_rank(transport: Transport) -> list[float]:
-            qkv = attention.tensors(self._files.config, length, dtype, transport.device)
+            qkv = random_qkv(self._files.config, length, dtype, transport.device)
             call = attention.PREPARED[name](qkv, transport)
             found = attention.seconds_of(call, transport.barrier, given.warm_ups, given.requests)
             return largest(transport, found)

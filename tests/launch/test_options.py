@@ -12,6 +12,7 @@ from launch import generate
 from launch.help import help_text
 from launch.options import (
     ASK,
+    BENCH,
     COMPARE,
     CONFIG_DIR,
     EVALUATE,
@@ -42,6 +43,7 @@ OPTIONS = [
     "document.text",
     "encode.answer_tokens",
     "encode.chunk_tokens",
+    "generation.ignore_eos",
     "generation.max_new_tokens",
     "generation.seed",
     "generation.stop",
@@ -143,6 +145,27 @@ EVALUATE_OPTIONS = sorted(
     }
 )
 
+# launch.bench: prompts are made, and answers are as long as they shall be
+BENCH_OPTIONS = sorted(
+    {key for key in EVALUATE_OPTIONS if not key.startswith(("evaluate.", "profile."))}
+    | {
+        "bench.against",
+        "bench.batches",
+        "bench.cells",
+        "bench.lengths",
+        "bench.new_tokens",
+        "bench.peers",
+        "bench.picture",
+        "bench.question_tokens",
+        "bench.requests",
+        "bench.seed",
+        "bench.strategy",
+        "bench.tolerance",
+        "bench.warm_ups",
+        "bench.worlds",
+    }
+)
+
 CHOICES = {
     "strategy": ["dense", "ring", "star"],
     "transport": ["auto", "gloo", "nccl", "threads"],
@@ -238,6 +261,11 @@ def test_every_option_of_harness_is_still_there():
     assert HARNESS.groups == GROUPS
 
 
+def test_every_option_of_bench_is_still_there():
+    assert sorted(every_option(BENCH)) == BENCH_OPTIONS
+    assert BENCH.groups == COMPARE.groups
+
+
 def test_every_option_of_evaluate_is_still_there():
     assert sorted(every_option(EVALUATE)) == EVALUATE_OPTIONS
     assert EVALUATE.groups == COMPARE.groups
@@ -285,11 +313,12 @@ def test_experiments_hold_deltas_only():
         (SCORE, SCORE_OPTIONS),
         (HARNESS, HARNESS_OPTIONS),
         (EVALUATE, EVALUATE_OPTIONS),
+        (BENCH, BENCH_OPTIONS),
     ],
 )
 def test_every_option_has_a_help_line(command, options):
     lines = help_text("", command).splitlines()
-    for key in {*options, *command.groups} - {"launch.report"}:
+    for key in {*options, *command.groups} - {"launch.report", "bench.cells"}:
         (line,) = [line for line in lines if line.split()[:1] == [key]]
         assert len(line.split()) > 2
 
@@ -339,6 +368,15 @@ def test_texts_of_an_evaluation_are_literal(text):
     assert [getattr(config.evaluate, key) for key in keys] == [text] * 5
     config = EVALUATE.parse([f"evaluate.star={part}" for part in (text, "b", text)])
     assert config.evaluate.star == [text, "b", text]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_a_benchmark_are_literal(text):
+    keys = ["lengths", "worlds", "batches", "peers", "picture", "against", "cells"]
+    config = BENCH.parse([f"bench.{key}={text}" for key in keys])
+    assert [getattr(config.bench, key) for key in keys] == [text] * 7
+    config = BENCH.parse([f"bench.strategy={part}" for part in (text, "b", text)])
+    assert config.bench.strategy == [text, "b", text]
 
 
 def test_values_that_are_no_text_are_typed():
