@@ -17,6 +17,7 @@ import pytest
 
 import launch.options
 from launch import faults, generate, score_result
+from launch.__main__ import COMMANDS as launch_commands
 from launch.bench.__main__ import with_against
 from launch.harness import split
 from launch.options import (
@@ -307,3 +308,14 @@ def test_the_script_of_the_readme_runs_under_torchrun(tmp_path):
     commands = [*TORCHRUN, "3", "ask.py"], ["alone.py"]
     ranks, one = (python(*command, cwd=tmp_path, check=True).stdout for command in commands)
     assert ranks and ranks == one
+
+
+def test_every_command_is_named():
+    """Whatever can be started is in the list of `python -m launch`."""
+    started = {path.stem for path in (ROOT / "launch").glob("*.py") if is_command(path)}
+    started |= {path.parent.name for path in (ROOT / "launch").glob("*/__main__.py")}
+    assert started == set(launch_commands)
+
+
+def is_command(path: Path) -> bool:
+    return not path.name.startswith("__") and '\nif __name__ == "__main__":\n' in path.read_text()

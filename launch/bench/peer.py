@@ -26,7 +26,6 @@ from ringstar.config import BenchConfig
 def run_rank(config: BenchConfig, _: Any) -> None:
     """Each load; one that has no room is said to have none, and the next is tried."""
     files, plan = check_request(config)
-    os.dup2(2, 1)  # libraries that print to standard output
     (name,), device = plan.processes, own_device()
     assert config.bench.cells is not None
     for load in plan.loads:
@@ -45,4 +44,5 @@ COMMAND = RankCommand(
 )
 
 if __name__ == "__main__":
+    os.dup2(2, 1)  # some libraries print to standard output, which is the benchmark's
     run_program(COMMAND.main)

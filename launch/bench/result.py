@@ -24,6 +24,7 @@ _PACKAGES = (
     *("torch", "transformers", "ringstar"),
     *("llama-cpp-python", "ring-attention-pytorch"),
 )
+NOT_DONE = "its process ended before"
 # options that say what was measured
 _TOLD = ("requests", "warm_ups", "new_tokens", "question_tokens", "seed")
 RING = "ours: Ring Attention, exact, one rank or several"
@@ -64,7 +65,7 @@ def _cells(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
     known = {key: cell.ids for key, cell in cells.items() if cell.why_not is None}
     ceilings = highest([line for line in lines if isinstance(line, Ceilings)])
     rows = [
-        row_of(cells.get(key, Measured(*key, why_not="was not measured")), known, ceilings)
+        row_of(cells.get(key, Measured(*key, why_not=NOT_DONE)), known, ceilings)
         for who, world, load in plan.cells()
         for key in [(who, world, load.length, load.batch)]
     ]

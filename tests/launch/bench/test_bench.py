@@ -4,10 +4,7 @@ launch.bench: the grid, what is made of times, comparisons, and whole runs.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -26,7 +23,7 @@ from launch.bench.cells import (
     measured,
 )
 from launch.bench.plan import Load, make_plan, prompts_of, read_strategies
-from launch.bench.result import row_of
+from launch.bench.result import NOT_DONE, row_of
 from launch.bench.tables import block, tables
 from launch.bench.timed import Timed
 from launch.options import BENCH
@@ -34,9 +31,9 @@ from ringstar import UserError
 from ringstar.config import DenseConfig, ModelConfig, RingConfig, StarConfig
 from ringstar.models import find_model
 from ringstar.models.work import work_of
+from tests.support.commands import TORCHRUN, python
 from tests.support.models import tiny_folder
 
-ROOT = Path(__file__).parents[3]
 SMALL = ["bench.lengths=40,72", "bench.requests=2", "bench.new_tokens=4", "bench.question_tokens=4"]
 
 
@@ -272,30 +269,14 @@ def test_what_cannot_be_compared_with_is_refused(bare, tmp_path, content, says):
 # -- whole runs --------------------------------------------------------------------------------
 
 
-def run(*arguments: str, status: int = 0, start: tuple[str, ...] = ("-m", "launch.bench")):
-    """A process's standard output and error."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, *start, *SMALL, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert done.returncode == status, done.stderr
-    return done.stdout, done.stderr
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, bare):
     """One run of everything, with its output."""
     path = tmp_path_factory.mktemp("a b") / "bench, 1.json"
-    out, err = run(
-        f"model.path={bare}",
-        f"output.path={path}",
-        *("bench.worlds=1,2", "bench.batches=1,2", f"bench.peers=hf-sdpa,{PEER}"),
-    )
-    return path, out, err
+    grid = ["bench.worlds=1,2", "bench.batches=1,2", f"bench.peers=hf-sdpa,{PEER}"]
+    done = python("-m", "launch.bench", f"model.path={bare}", *SMALL, *grid, f"output.path={path}")
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout, done.stderr
 
 
 @pytest.mark.slow
@@ -327,30 +308,62 @@ def test_everyone_is_measured_in_one_run(bench, bare):
     assert "20 cells" in err
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Those who are measured are not started: one process, or simulated ranks, is enough."""
+
+    def start(module, arguments, nproc):
+        assert nproc == 1
+        return import_module(module).COMMAND.main(arguments)
+
+    monkeypatch.setattr("launch.bench.__main__.start_ranks", start)
+
+
 @pytest.mark.slow
-def test_what_became_slower_ends_with_1(bench, bare, tmp_path):
+def test_what_became_slower_ends_with_1(bench, bare, tmp_path, in_this_process, capsys):
     path, *_ = bench
     earlier = json.loads(path.read_text())
-    for cell in earlier["cells"]:
-        if cell["contender"] == "ring":
-            cell["median_tpot_ms"] /= 1e6
-    before = tmp_path / "before.json"
-    before.write_text(json.dumps(earlier))
-    small = [f"model.path={bare}", "bench.worlds=1", "bench.strategy=ring", "bench.tolerance=1000"]
-    out, err = run(*small, "bench.peers=hf-sdpa", "--against", str(before), status=1)
-    assert "slower" in out and json.loads(out.splitlines()[-1])["against"]
-    assert "bench.tolerance" in err
+    before = tmp_path / "before, 1.json"
+    one = ["bench.worlds=1", "bench.strategy=ring", "bench.peers=hf-sdpa", "bench.tolerance=1000"]
+    given = [f"model.path={bare}", *SMALL, *one, "--against", str(before)]
+    for factor, status in ((1, 0), (1e-6, 1)):
+        for cell in earlier["cells"]:
+            if cell["contender"] == "ring":
+                cell["median_tpot_ms"] *= factor
+        before.write_text(json.dumps(earlier))
+        assert main(given) == status
+        out, err = capsys.readouterr()
+        assert len(json.loads(out.splitlines()[-1])["against"]) == 4
+        assert (" slower" in out) == ("(bench.tolerance)" in err) == bool(status)
 
 
 @pytest.mark.slow
-def test_simulated_ranks_and_those_of_torchrun(bare):
-    out, _ = run(f"model.path={bare}", "transport=threads", "bench.worlds=3", "bench.peers=none")
-    assert {cell["world"] for cell in json.loads(out.splitlines()[-1])["cells"]} == {3}
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    out, err = run(f"model.path={bare}", start=(*torchrun, "-m", "launch.bench"))
-    found = json.loads(out.splitlines()[-1])
-    assert {cell["world"] for cell in found["cells"]} == {2}
-    assert "hf-sdpa is not measured: it is one process" in err
+def test_simulated_ranks(bare, in_this_process, capsys):
+    given = [f"model.path={bare}", *SMALL, "transport=threads", "bench.worlds=3"]
+    assert main([*given, "bench.peers=none"]) == 0
+    cells = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
+    assert {(cell["world"], cell["why_not"]) for cell in cells} == {(3, None)}
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun(bare):
+    done = python(*TORCHRUN, "2", "-m", "launch.bench", f"model.path={bare}", *SMALL)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(done.stdout.splitlines()[-1])["cells"]
+    assert {(cell["world"], cell["why_not"]) for cell in cells} == {(2, None)}
+    assert "hf-sdpa is not measured: it is one process" in done.stderr
+
+
+def test_a_peer_that_dies_ends_no_benchmark(bare, monkeypatch, capsys):
+    """What it did not do is said; a fault of ours is the benchmark's."""
+    for failing, status in (("launch.bench.peer", 0), ("launch.bench.ranks", 1)):
+        monkeypatch.setattr(
+            "launch.bench.__main__.start_ranks", lambda module, *_, f=failing: int(module == f)
+        )
+        given = [f"model.path={bare}", *SMALL, "bench.worlds=1", "bench.peers=hf-sdpa"]
+        assert main(given) == status
+        cells = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
+        assert {cell["why_not"] for cell in cells} == {NOT_DONE}
 
 
 def test_wrong_input_ends_with_2_before_anything_starts(bare, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.live_bytes import LiveBytes
 from launch.bench import llama, peers
 from launch.bench.peer_room import batch_bytes, eager_bytes, plain_bytes
 from launch.bench.peers import PEERS, Request
@@ -19,7 +20,6 @@ from ringstar.config import ModelConfig, RopeConfig
 from ringstar.models import find_model
 from ringstar.models.one_device import plain_model
 from ringstar.models.plain_generate import PlainGenerate
-from tests.support.memory import LiveBytes
 from tests.support.models import expected, random_ids, tiny_folder
 
 CPU = torch.device("cpu")
