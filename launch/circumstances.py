@@ -44,7 +44,10 @@ def _processor() -> str:
 def _commit() -> str:
     """Of the repository that this file is in; a copy without git's folder has none to tell."""
     here = Path(__file__)
-    for asked in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "--short", "HEAD"]):
+    for asked in (
+        ["ls-files", "--error-unmatch", here.name],
+        ["describe", "--always", "--dirty", "--exclude=*"],
+    ):
         try:
             done = subprocess.run(
                 ["git", *asked], cwd=here.parent, capture_output=True, text=True, check=False

@@ -16,11 +16,11 @@ from launch.compare_star import (
     star_settings,
 )
 from launch.inputs import check_one_reader, given_text, read_document, read_text
+from ringstar.checks import check_fits, check_ids
 from ringstar.config import ComparisonConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
-from ringstar.runtime import check_fits, check_ids
 
 DEFAULT_NEEDLES = 5
 # the exact side's logits are kept until every setting was held against them

@@ -13,6 +13,7 @@ from launch.evaluate_prompt import prompt_ids, token_counter
 from launch.evaluate_star import KEY, Contender, contenders
 from launch.inputs import read_text
 from launch.sizes import listed, read_lengths
+from ringstar.checks import check_fits
 from ringstar.config import EvaluateConfig, EvaluationConfig
 from ringstar.errors import UserError
 from ringstar.evaluation import (
@@ -36,7 +37,6 @@ from ringstar.evaluation import (
 )
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
-from ringstar.runtime import check_fits
 
 
 @dataclass(frozen=True, slots=True)

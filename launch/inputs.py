@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig, Config, DocumentConfig, ScoreConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
-from ringstar.runtime import check_fits, check_ids
 from ringstar.store import saved_ids
 
 STDIN = "-"

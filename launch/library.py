@@ -10,12 +10,13 @@ from typing import Any
 
 from launch.inputs import is_ids, read_text
 from launch.progress import encode_bar
+from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig
 from ringstar.conversation import Conversation
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
-from ringstar.runtime import Document, LongContext, check_fits, check_ids
+from ringstar.runtime import Document, LongContext
 from ringstar.store import saved_ids
 
 log = logging.getLogger("ringstar")

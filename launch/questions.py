@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.inputs import is_ids, read_text
+from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
-from ringstar.runtime import check_fits, check_ids
 
 _FORM = '{"question": "..."} or {"query_ids": [...]}, and whatever else, one on each line'
 # what an answer adds to the line of its question

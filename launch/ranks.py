@@ -26,6 +26,7 @@ from launch.faults import DONE, FAULT, INTERRUPTED, USER, say_line
 from ringstar.errors import UserError
 
 HOST = "127.0.0.1"
+_HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _SHUTDOWN = {signal.SIGTERM, signal.SIGINT}  # how ranks are told to end
 
 
@@ -38,6 +39,7 @@ def start_ranks(module: str, arguments: Sequence[str], nproc: int) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # peers of a dead rank complain
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     report = f"launch.report={store.port}:{os.getpid()}"
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
     try:
         with _quiet_threads():
             elastic_launch(_config(nproc), sys.executable)("-m", module, *arguments, report)
@@ -53,6 +55,8 @@ def start_ranks(module: str, arguments: Sequence[str], nproc: int) -> int:
         return status
     finally:
         logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():  # the launcher leaves its own
+            signal.signal(number, handler)
     return DONE
 
 
@@ -138,7 +142,7 @@ def _config(nproc: int) -> LaunchConfig:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # leaves no folder behind
         # Ctrl-C interrupts us and ends the ranks by SIGTERM: they need not be in Python for it
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+        signals_to_handle=",".join(signal.Signals(number).name for number in _HANDLED),
     )
 
 

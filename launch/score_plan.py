@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.inputs import check_one_reader, given_text, is_ids, read_document, read_text
+from ringstar.checks import check_fits, check_ids
 from ringstar.config import ScoreConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
-from ringstar.runtime import check_fits, check_ids
 
 _FORM = (
     '{"continuation": "..."} or {"continuation_ids": [...]}, and whatever else, one on each line'

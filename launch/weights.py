@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ringstar.checks import choose_kernel
 from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles, find_model, quiet_transformers
-from ringstar.runtime import choose_kernel
 
 _KINDS = ("*.safetensors", "pytorch_model*.bin")
 

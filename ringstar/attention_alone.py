@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringattn import KVBuffers, ring_attention
+from ringstar.models import attention_heads
 from seqpar import Layout, Transport, positions
 
 Call = Callable[[], Tensor]
@@ -17,9 +18,7 @@ Call = Callable[[], Tensor]
 def random_qkv(config: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """q, k, v (1, T, H, D) with the heads of a model's config, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    q_heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+    q_heads, kv_heads, dim = attention_heads(config)
     return [
         torch.randn(1, tokens, heads, dim, generator=generator).to(device, dtype)
         for heads in (q_heads, kv_heads, kv_heads)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 import localflash
 from ringstar.config import Config, StarConfig, StrategyConfig, check
 from ringstar.errors import UserError
-from ringstar.models import ModelFacts, ModelFiles, choose_dtype
+from ringstar.models import ModelFacts, ModelFiles, attention_heads, choose_dtype
 from ringstar.ranks import check_strategy
 from ringstar.strategies import check_document
 
@@ -95,7 +94,7 @@ def choose_kernel(config: Config, files: ModelFacts, device: torch.device) -> lo
             name,
             device=device,
             dtype=dtype,
-            head_dim=_head_dim(files.config),
+            head_dim=attention_heads(files.config)[2],
             softcap=getattr(files.config, "attn_logit_softcapping", None),
         )
     except ValueError as error:
@@ -105,7 +104,3 @@ def choose_kernel(config: Config, files: ModelFacts, device: torch.device) -> lo
         lacks = f"kernel {choice.backend.name} has none; allowed with kernel={has}"
         raise UserError("kernel.unified_max", "true", lacks)
     return choice
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -12,6 +12,7 @@ from torch.distributed import Store
 from ringstar.config import Config, DenseConfig, TransportConfig
 from ringstar.errors import UserError
 from seqpar import ThreadWorld, Transport
+from seqpar.cores import usable_cores
 from seqpar.process import ProcessWorld, connect, local_ranks, under_torchrun
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_strategy",
     "make_ranks",
     "under_torchrun",
+    "usable_cores",
     "world_size_of",
 ]
 

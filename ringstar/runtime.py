@@ -600,6 +600,7 @@ class LongContext:
 
     def check_question(self, document: Document, query: int, new: int = 0) -> None:
         """Raise UserError if so many tokens cannot follow a document, with so many new ones."""
+        check_held(document, self)
         config = replace(self.config, strategy=document.strategy)
         check_fits(config, self.files, self.world_size, document.tokens, query, new)
         read = document.tokens + query

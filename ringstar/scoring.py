@@ -34,11 +34,11 @@ def score(
     if not isinstance(document, Document):
         longest = max(map(len, ids), default=0)
         document, before = _encode_before(runtime, document, before, longest, on_progress)
+    check_held(document, runtime)
     runtime.group.shelf.use(document)
     again = 0 if before else 1
     before = before or [document.ids[-1]]
     _check_continuations(runtime, document, len(before) - again, ids)
-    check_held(document, runtime)
 
     def score(transport: Transport) -> list[torch.Tensor]:
         engine, shard, victims = runtime.group.at_hand(transport, document)

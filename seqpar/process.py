@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar.cores import usable_cores
 from seqpar.mesh import LIMIT_BYTES, LocalMesh, same_machine
 from seqpar.transport import Done, Handle, Transport, TransportError, once_at_a_time
 
@@ -248,7 +249,7 @@ def connect(
     group, own_store = _group(backend, device, timedelta(seconds=timeout_s))
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if device.type == "cpu":
-        torch.set_num_threads(threads_per_rank or max(1, (os.cpu_count() or 1) // local_ranks()))
+        torch.set_num_threads(threads_per_rank or max(1, usable_cores() // local_ranks()))
     transport = ProcessTransport(group, store or own_store, device, timeout_s, staged)
     if backend == "gloo" and same_machine(world_size):
         transport.use_mesh(LocalMesh(rank, world_size, own_store, timeout_s))

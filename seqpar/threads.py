@@ -6,7 +6,6 @@ ends all of them with that exception.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from seqpar.cores import usable_cores
 from seqpar.transport import Handle, Transport, TransportError, _nbytes, once_at_a_time
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class ThreadWorld:
         link: Link | None = None,
     ):
         self.world_size, self.timeout_s = world_size, timeout_s
-        self.threads_per_rank = threads_per_rank or max(1, (os.cpu_count() or 1) // world_size)
+        self.threads_per_rank = threads_per_rank or max(1, usable_cores() // world_size)
         self.device = torch.device(device)
         self.link = link or Link()
         self.failure: BaseException | None = None

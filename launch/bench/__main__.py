@@ -31,6 +31,7 @@ if __name__ == "__main__":  # the imports below take seconds
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun
 
 log = logging.getLogger("ringstar")
+_AGAINST = re.compile("^--against=")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,13 +86,14 @@ def check_request(config: BenchConfig) -> tuple[ModelFiles, Plan, dict[str, Any]
     check_writable(config)
     check_picture("bench.picture", config.bench.picture, config.output.path)
     files, plan = check_plan(config)
-    return files, plan, read_earlier(config, files)
+    return files, plan, read_earlier(plan, files)
 
 
 def run_rank(arguments: Sequence[str], config: BenchConfig, phases: Any) -> None:
     """What each of torchrun's ranks does: measure; rank 0 reports."""
     files, plan, earlier = check_request(config)
-    _say_plan(config, plan)
+    if os.environ["RANK"] == "0":
+        _say_plan(config, plan)
     with tempfile.TemporaryDirectory() as folder, _bar(plan) as bar:
         report = Report(arguments, files, plan, earlier, bar)
         cells = Path(folder) / "cells.jsonl"
@@ -119,7 +122,9 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
                 status = start_ranks(child.module, child.arguments, child.nproc)
                 if status not in (DONE, FAULT):
                     return status
-                if status == FAULT and not child.peer:  # it was said which and why
+                if status == FAULT and child.peer:
+                    log.info(f"{child.module} ended so; the others go on")
+                elif status == FAULT:  # it was said which rank, and why
                     worst = FAULT
     report.finish(reader.lines)
     return worst
@@ -158,10 +163,12 @@ class Report:
             print_piece(comparison(found, how, config.bench.tolerance, str(config.bench.against)))
             result["against"] = [asdict(change) for change in found]
         path = picture_path(config.bench.picture, config.output.path)
+        print_piece(json.dumps(result) + "\n")  # before a disk may be full
         write_result(config, result)
         if path is not None:
             write_file("bench.picture", path, draw(result))
-        print_piece(json.dumps(result) + "\n")
+        if self._earlier is not None and not found:
+            raise Fault("nothing could be compared: no cell was measured both times")
         slower = sum(change.times > 1 + config.bench.tolerance for change in found)
         if slower:
             share = f"{config.bench.tolerance:.0%} (bench.tolerance)"
@@ -194,7 +201,7 @@ def with_against(arguments: Sequence[str]) -> list[str]:
         word = given.pop(0)
         if word == "--against" and given:
             word = f"{word}={given.pop(0)}"
-        found.append(word.replace("--against=", "bench.against=", 1))
+        found.append(_AGAINST.sub("bench.against=", word))
     return found
 
 

@@ -7,16 +7,16 @@ peer's in the same run, and multiples are compared; on the same kind of GPU time
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.bench.cells import Key
+from launch.bench.plan import Plan, own_device
 from launch.bench.result import REFERENCES, Row, by_key, reference_of
-from ringstar.config import BenchConfig
 from ringstar.errors import UserError
-from ringstar.models import ModelFiles
+from ringstar.models import ModelFiles, choose_dtype
 
 _KEY = "bench.against"
 _SHOWN = {"median_ttft_ms": "TTFT", "median_tpot_ms": "TPOT"}
@@ -34,21 +34,41 @@ class Change:
     times: float
 
 
-def read_earlier(config: BenchConfig, files: ModelFiles) -> dict[str, Any] | None:
-    """The result to compare with, if one is asked for; raises UserError."""
-    path = config.bench.against
+def read_earlier(plan: Plan, files: ModelFiles) -> dict[str, Any] | None:
+    """The result to compare with, if one is asked for; raises UserError if nothing could be."""
+    path, bench = plan.config.bench.against, plan.config.bench
     if path is None:
         return None
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        then = by_key(found)
+        beside = [found[name] for name in ("model", "dtype", "new_tokens", "question_tokens")]
+        device = found["device"]
+        assert all(row.keys() >= {"transport", *_SHOWN} for row in then.values())
     except (OSError, ValueError) as error:
         raise UserError(_KEY, path, f"cannot be read: {error}") from error
-    if not isinstance(found, dict) or not {"model", "device", "cells"} <= found.keys():
-        raise UserError(_KEY, path, "is no result of launch.bench (its output.path)")
-    if found["model"] != files.folder.name:
-        why = f"measured {found['model']}, and this model is {files.folder.name}"
-        raise UserError(_KEY, path, why)
+    except (TypeError, KeyError, AssertionError) as error:
+        raise UserError(_KEY, path, "is no result of launch.bench (its output.path)") from error
+    dtype, _ = choose_dtype(plan.config.model, files.config, own_device())
+    here = [files.folder.name, str(dtype).removeprefix("torch."), bench.new_tokens]
+    for was, now in zip(beside, [*here, bench.question_tokens], strict=True):
+        if was != now:
+            raise UserError(_KEY, path, f"was measured with {was}, and this is with {now}")
+    if (device == "cpu") != (own_device().type == "cpu"):
+        raise UserError(_KEY, path, f"was measured on {device}, and this is another kind")
+    _check_common(plan, then)
     return found
+
+
+def _check_common(plan: Plan, then: Mapping[Key, Row]) -> None:
+    now = {(who, world, load.length, load.batch) for who, world, load in plan.cells()}
+    both = now & then.keys()
+    path = plan.config.bench.against
+    if not any(key[0] not in REFERENCES for key in both):
+        raise UserError(_KEY, path, "has none of these cells")
+    if own_device().type == "cpu" and not any(reference_of(key, both) for key in both):
+        who = ", ".join(REFERENCES)
+        raise UserError(_KEY, path, f"on a CPU both need a peer with the same load: one of {who}")
 
 
 def changes(now: dict[str, Any], then: dict[str, Any]) -> tuple[list[Change], str]:
@@ -64,6 +84,8 @@ def _changes(now: dict[Key, Row], then: dict[Key, Row], absolute: bool) -> Itera
     for key in sorted(both):
         peer = reference_of(key, both)
         if key[0] in REFERENCES or not (absolute or peer):
+            continue
+        if key[1] > 1 and now[key]["transport"] != then[key]["transport"]:
             continue
         for name, what in _SHOWN.items():
             times = now[key][name] / then[key][name]

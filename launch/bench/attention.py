@@ -6,6 +6,7 @@ can be compared with it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -20,21 +21,30 @@ from ringstar.ranks import Transport
 # what each rank does once, before it is measured: q, k and v of all tokens, and its transport
 Prepare = Callable[[list[Tensor], Transport], Call]
 
+# tokens of a bucket: scores of it are bucket² for each head
+_BUCKET = 4096
 OURS, PEER, ONE_PROCESS = "ringattn", "ring-attention-pytorch", "PyTorch sdpa"
 
 
 def peer(qkv: list[Tensor], transport: Transport) -> Call:
     """`ring_attention_pytorch.ring_flash_attn` on this rank's share, contiguous.
 
-    On CUDA its Triton kernel; elsewhere its path of plain einsum, in buckets of a rank's share.
+    On CUDA its Triton kernel; elsewhere its path of plain einsum, in buckets of a rank's share, or
+    of a part of it where scores of a whole share would fill the memory.
     """
     world = transport.world_size
     share = qkv[0].shape[1] // world
     own = slice(transport.rank * share, (transport.rank + 1) * share)
     q, k, v = (t[:, own].contiguous() for t in qkv)
-    attend = _peer_attention(q.is_cuda)
+    attend, bucket = _peer_attention(q.is_cuda), math.gcd(share, _BUCKET)
     return lambda: attend(
-        q, k, v, causal=True, bucket_size=share, ring_reduce_col=True, ring_size=world
+        q,
+        k,
+        v,
+        causal=True,
+        bucket_size=share if share <= _BUCKET else bucket,
+        ring_reduce_col=True,
+        ring_size=world,
     )
 
 
@@ -57,10 +67,15 @@ def one_process(qkv: list[Tensor], _: Transport | None = None) -> Call:
 PREPARED: dict[str, Prepare] = {OURS: ring_share, PEER: peer, ONE_PROCESS: one_process}
 
 
-def why_never(worlds: Sequence[int], transport: str) -> str | None:
-    """Why the peer can be measured on none of these numbers of ranks; None if it can."""
+def why_never(worlds: Sequence[int], transport: str, halves: bool) -> str | None:
+    """Why the peer can be measured on none of these numbers of ranks; None if it can.
+
+    `halves`: it would compute in float16 what we compute in float32, as it does on CUDA.
+    """
     if find_spec("ring_attention_pytorch") is None:
         return "is not installed: pip install ring-attention-pytorch"
+    if halves:
+        return "computes float32 in float16 on a GPU; model.dtype=bfloat16 is the same for both"
     if max(worlds) == 1 or transport == "threads":
         return "needs several processes: its ring is torch.distributed's"
     return None

@@ -24,22 +24,23 @@ from launch.start import RankCommand, run_program
 from ringstar.config import BenchConfig
 from ringstar.models import choose_dtype
 from ringstar.models.work import work_of
+from ringstar.ranks import usable_cores
 
 # elements on a side of the product; bytes that are read
-_SIDE, _BYTES = 2048, 256 * 2**20
+_SIDE, _BYTES = 4096, 2**30
 _ENOUGH_S = 1.0
 
 
 def flops_per_s(dtype: torch.dtype, device: torch.device, side: int = _SIDE) -> float:
     """The best of a second of square products."""
-    side *= 4 if device.type == "cuda" else 1
+    side *= 2 if device.type == "cuda" else 1
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2 * side**3 / _best_seconds(lambda: a @ b, device)
 
 
 def bytes_per_s(dtype: torch.dtype, device: torch.device, nbytes: int = _BYTES) -> float:
     """The best of a second of products with a vector, which read a matrix once."""
-    nbytes *= 8 if device.type == "cuda" else 1
+    nbytes *= 2 if device.type == "cuda" else 1
     columns = 4096
     matrix = torch.randn(nbytes // dtype.itemsize // columns, columns, device=device).to(dtype)
     vector = torch.randn(columns, device=device).to(dtype)
@@ -62,6 +63,7 @@ def run_rank(config: BenchConfig, _: Any) -> None:
     """All of it, as one line."""
     files, _ = check_request(config)
     device = own_device()
+    torch.set_num_threads(usable_cores())
     dtype, _ = choose_dtype(config.model, files.config, device)
     work = work_of(files.load(config.model, dtype, device))
     assert config.bench.cells is not None

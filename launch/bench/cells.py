@@ -10,9 +10,17 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
-from launch.bench.plan import Load
-from launch.bench.timed import Timed
 from ringstar.models.work import ModelWork
+from ringstar.timed import Timed
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One point of the grid: prompts of `length` tokens, `batch` of them in a call."""
+
+    length: int
+    batch: int
+
 
 # what a cell is before anything of it is known
 Key = tuple[str, int, int, int]
@@ -22,8 +30,8 @@ Key = tuple[str, int, int, int]
 class Measured:
     """One cell: who, where, and each request's times in seconds; or why it has none.
 
-    `cpu_s` is that of all processes, of all calls; `peak_memory_bytes` of each rank, model
-    included.  `ids` are the first request's answer.
+    `transport` and `kernel` are those of ours.  `cpu_s` is that of all processes, of all calls;
+    `peak_memory_bytes` of each rank, model included.  `ids` are the first request's answer.
     """
 
     contender: str
@@ -31,6 +39,8 @@ class Measured:
     length: int
     batch: int
     why_not: str | None = None
+    transport: str | None = None
+    kernel: str | None = None
     duration_s: float = 0.0
     cpu_s: float = 0.0
     ttft_s: list[float] = field(default_factory=list)
@@ -74,11 +84,12 @@ class Ceilings:
         """The least time to read a prompt: all its products, as fast as products can be."""
         return ModelWork.from_dict(self.work).prompt_flops(tokens) / self.flops_per_s / devices
 
-    def tpot_s(self, past: int, batch: int = 1) -> float:
-        """The least time of a step: weights once and each prompt's KV, as fast as memory gives."""
+    def tpot_s(self, past: int, batch: int = 1, devices: int = 1) -> float:
+        """The least time of a step: weights once, which every device has, and its share of each
+        prompt's KV, as fast as memory gives them."""
         work = ModelWork.from_dict(self.work)
-        kv = work.token_bytes(past) - work.weight_bytes
-        return (work.weight_bytes + batch * kv) / self.bytes_per_s
+        kv_bytes = batch * work.kv_bytes(past) / devices
+        return (work.weight_bytes + kv_bytes) / self.bytes_per_s
 
 
 def highest(found: Sequence[Ceilings]) -> Ceilings | None:
@@ -97,7 +108,13 @@ _KINDS: dict[str, Callable[..., Line]] = {
 
 
 def measured(
-    who: tuple[str, int], load: Load, calls: Sequence[Timed], cpu_s: float, peaks: list[int]
+    who: tuple[str, int],
+    load: Load,
+    calls: Sequence[Timed],
+    cpu_s: float,
+    peaks: list[int],
+    transport: str | None = None,
+    kernel: str | None = None,
 ) -> Measured:
     """A cell from the calls that were measured: times from each request on."""
     requests = [(call.asked_s, times) for call in calls for times in call.token_s]
@@ -110,14 +127,17 @@ def measured(
         ttft_s=[times[0] - asked for asked, times in requests],
         token_s=[[time - asked for time in times] for asked, times in requests],
         peak_memory_bytes=peaks,
+        transport=transport,
+        kernel=kernel,
         ids=calls[0].ids[0],
     )
 
 
 def add_line(path: str, line: Line) -> None:
-    """Append it, and see it on its way."""
+    """Append it; a line before it that was cut off stays one of its own."""
+    text = json.dumps({"kind": type(line).__name__, **asdict(line)})
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"kind": type(line).__name__, **asdict(line)}) + "\n")
+        file.write(f"\n{text}\n")
 
 
 class LineReader:
@@ -152,7 +172,15 @@ class LineReader:
             whole, newline, _ = file.read().rpartition(b"\n")
         self._at += len(whole + newline)
         for text in whole.splitlines():
-            fields = json.loads(text)
-            line = _KINDS[fields.pop("kind")](**fields)
-            self.lines.append(line)
-            self._seen(line)
+            if line := _line(text):
+                self.lines.append(line)
+                self._seen(line)
+
+
+def _line(text: bytes) -> Line | None:
+    """None for one that was cut off."""
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return None
+    return _KINDS[fields.pop("kind")](**fields)

@@ -36,13 +36,15 @@ def children(plan: Plan, arguments: Sequence[str], cells: Path) -> Iterator[Chil
     alone.append("bench.worlds=1")
     ceilings = Child("launch.bench.ceilings", [*alone, "bench.peers=none"], 1)
     yield ceilings
-    beside = attention.PEER if attention.PEER in plan.peers else "none"
     for world in plan.worlds:
-        own = [*kept, f"bench.worlds={world}", f"bench.peers={beside}"]
+        own = [*kept, f"bench.worlds={world}", "bench.peers=none"]
         if plan.config.transport.name == "threads":
             yield Child("launch.bench.ranks", [*own, f"transport.world_size={world}"], 1)
         else:
             yield Child("launch.bench.ranks", own, world)
+    for world in plan.worlds if attention.PEER in plan.peers else ():
+        own = [*kept, f"bench.worlds={world}", f"bench.peers={attention.PEER}"]
+        yield Child("launch.bench.attention_ranks", own, world, peer=True)
     for peer in plan.processes:
         yield Child("launch.bench.peer", [*alone, f"bench.peers={peer}"], 1, peer=True)
     yield ceilings  # again: the machine may have been busy

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.bench.timed import Timed
+from ringstar.timed import Timed
 
 # llama.cpp's own: tokens of one call, which it cuts into passes of 512
 CALL_TOKENS = 2048
@@ -35,7 +35,6 @@ class LlamaCpp:
         tokens: int,
         threads: int,
         gpu: int | None = None,
-        flash: bool = True,
     ):
         self._c = _library()
         settings = self._c.llama_model_default_params()
@@ -46,7 +45,7 @@ class LlamaCpp:
         settings.n_ctx, settings.n_seq_max = batch * _whole_pages(tokens), batch
         settings.n_batch = CALL_TOKENS
         settings.n_threads = settings.n_threads_batch = threads
-        settings.flash_attn_type = int(flash)
+        settings.flash_attn_type = 1  # on
         settings.offload_kqv = settings.op_offload = gpu is not None
         self._context = self._c.llama_init_from_model(self._model, settings)
         if not self._context:
@@ -60,8 +59,10 @@ class LlamaCpp:
         self._c.llama_memory_clear(self._c.llama_get_memory(self._context), False)
         tokens_BT, start = np.array(prompts, dtype=np.int32), 0
         for _ in range(new_tokens):
-            for text, token in self._step(tokens_BT, start):
-                found.token_s[text].append(time.perf_counter())
+            step = list(self._step(tokens_BT, start))  # nobody goes on before all are read
+            now = time.perf_counter()
+            for text, token in step:
+                found.token_s[text].append(now)
                 found.ids[text].append(token)
             start += tokens_BT.shape[1]
             tokens_BT = np.array([ids[-1:] for ids in found.ids], dtype=np.int32)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import torch
 
+from launch.bench.cells import Load
 from launch.bench.memory import peak_since, reset_peak
-from launch.bench.plan import Load, prompts_of
-from launch.bench.timed import Generates, Timed
+from launch.bench.plan import prompts_of
 from ringstar.config import BenchConfig
 from ringstar.models import ModelFiles
+from ringstar.timed import Generates, Timed
 
 
 def timed_calls(

@@ -1,6 +1,6 @@
 """About how much memory a peer takes for a cell, so that one too large is refused.
 
-Weights are left out: they are in memory, or are about to be, whatever the cell.
+Weights are left out: they take the same whatever the cell.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ringstar.models import attention_heads
 from ringstar.models.plain_generate import PAGE_TOKENS, PASS_TOKENS, batch_blocks
 
 
@@ -35,7 +36,8 @@ def batch_bytes(config: Any, dtype: torch.dtype, batch: int, prompt: int, new: i
     kept = PAGE_TOKENS * batch_blocks(batch, prompt + new)
     read = min(PASS_TOKENS, batch * (prompt + new))
     seen = kept + read
-    heads = 2 * config.num_attention_heads * _head_dim(config) * dtype.itemsize
+    q_heads, _, dim = attention_heads(config)
+    heads = 2 * q_heads * dim * dtype.itemsize
     wide = (3 * config.intermediate_size + 4 * config.hidden_size) * dtype.itemsize
     return kept * _kv_bytes(config, dtype) + seen * heads + read * (seen * dtype.itemsize + wide)
 
@@ -47,9 +49,5 @@ def llama_bytes(config: Any, dtype: torch.dtype, batch: int, prompt: int, new: i
 
 def _kv_bytes(config: Any, dtype: torch.dtype) -> int:
     """Of one token in all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * _head_dim(config) * dtype.itemsize
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, kv_heads, dim = attention_heads(config)
+    return 2 * config.num_hidden_layers * kv_heads * dim * dtype.itemsize

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,12 +14,12 @@ import torch
 
 from launch.bench import llama
 from launch.bench.peer_room import batch_bytes, eager_bytes, llama_bytes, plain_bytes
-from launch.bench.timed import Generates, Timed
 from ringstar.memory import free_memory
 from ringstar.models import ModelFiles, quiet_transformers
 from ringstar.models.one_device import plain_model
 from ringstar.models.plain_generate import BatchGenerate, PlainGenerate, has_attention
 from ringstar.models.smollm2 import smollm2_gguf
+from ringstar.timed import Generates
 
 # of free memory: as much as the runtime itself takes
 _SHARE = 0.8
@@ -52,42 +53,36 @@ class Peer:
     """One row of the table.
 
     `what` is a line for tables, with the version, and with the format of the weights where that is
-    not the request's dtype.  `why_not` says in a line why a request cannot run here, or None; it
-    loads no weights.  `make` loads them, and takes all `threads` of this process.
+    not the request's dtype.  `why_not` says in a line why such a request cannot run here, or None;
+    it loads nothing, and does not touch a GPU.  `no_room` says so of memory that is free now.
+    `make` loads the weights, and takes all `threads` of this process.  With `own_formats` weights
+    and KV are not in the request's dtype: how fast they can be read at best is not known.
     """
 
     what: Callable[[Request], str]
     why_not: Callable[[Request], str | None]
-    make: Callable[[Request], Generates]
-
-
-class AsTimed:
-    """What Hugging Face's own generation returns, as `Timed`."""
-
-    def __init__(self, model: PlainGenerate | BatchGenerate):
-        self._model = model
-
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timed:
-        steps = self._model.generate(prompts, new_tokens)
-        return Timed(steps.asked_s, steps.token_s, steps.ids)
+    no_room: Callable[[Request], str | None]
+    make: Callable[[Request], AbstractContextManager[Generates]]
+    own_formats: bool = False
 
 
 def _plain(attention: str, needed: Needed) -> Peer:
-    def make(request: Request) -> Generates:
+    def make(request: Request) -> AbstractContextManager[Generates]:
         _begin(request)
         model = plain_model(request.files, request.dtype, request.device, attention)
-        return AsTimed(PlainGenerate(model))
+        return nullcontext(PlainGenerate(model))
 
     return Peer(
         lambda _: f"transformers {version('transformers')}, generate, {attention}",
-        lambda request: _no_attention(request, attention) or _no_room(request, needed),
+        lambda request: _no_attention(request, attention),
+        lambda request: _no_room(request, needed),
         make,
     )
 
 
-def _make_batch(request: Request) -> Generates:
+def _make_batch(request: Request) -> AbstractContextManager[Generates]:
     _begin(request)
-    return AsTimed(
+    return nullcontext(
         BatchGenerate(
             request.files,
             request.dtype,
@@ -111,13 +106,21 @@ def _no_attention(request: Request, attention: str) -> str | None:
 
 def _no_room(request: Request, needed: Needed) -> str | None:
     sizes = request.batch, request.prompt_tokens, request.new_tokens
-    wanted = needed(request.files.config, request.dtype, *sizes)
+    wanted = _weights(request) + needed(request.files.config, request.dtype, *sizes)
     free = int(_SHARE * free_memory(request.device))
     if wanted <= free:
         return None
     return (
-        f"needs about {_gib(wanted)} beside the weights; {_SHARE:g} of what is free is {_gib(free)}"
+        f"needs about {_gib(wanted)}, weights included; {_SHARE:g} of what is free is {_gib(free)}"
     )
+
+
+def _weights(request: Request) -> int:
+    """Bytes of the files that weights come from; a GGUF file's are widened."""
+    files = request.files
+    if files.gguf:
+        return (files.folder / files.gguf).stat().st_size * 8  # of 4 bits each, as float32
+    return sum(path.stat().st_size for path in files.folder.glob("*.safetensors"))
 
 
 def _gib(count: int) -> str:
@@ -133,10 +136,15 @@ def _what_llama(request: Request) -> str:
 
 
 def _why_not_llama(request: Request) -> str | None:
+    gguf = _gguf(request)
     if not find_spec("llama_cpp"):
         return "needs a package that builds llama.cpp from source: pip install llama-cpp-python"
-    if _gguf(request) is None:
+    if gguf is None:
         return f"needs a GGUF file: {request.files.folder} has none; give one: model.path=FILE.gguf"
+    try:
+        llama.weights_format(gguf)
+    except RuntimeError as error:
+        return str(error)
     if request.files.scaling:
         return "rope.scaling is not for llama.cpp; allowed: none"
     if request.device.type == "cuda" and not llama.runs_on_gpus():
@@ -147,16 +155,18 @@ def _why_not_llama(request: Request) -> str | None:
     return _no_room(request, llama_bytes)
 
 
-def _make_llama(request: Request) -> Generates:
+def _make_llama(request: Request) -> AbstractContextManager[Generates]:
     gguf = _gguf(request)
     assert gguf is not None, "asked although it cannot run"
     on_gpu = request.device.type == "cuda"
-    return llama.LlamaCpp(
-        gguf,
-        batch=request.batch,
-        tokens=request.tokens,
-        threads=request.threads,
-        gpu=(request.device.index or 0) if on_gpu else None,
+    return closing(
+        llama.LlamaCpp(
+            gguf,
+            batch=request.batch,
+            tokens=request.tokens,
+            threads=request.threads,
+            gpu=(request.device.index or 0) if on_gpu else None,
+        )
     )
 
 
@@ -171,8 +181,9 @@ PEERS: dict[str, Peer] = {
     "hf-sdpa": _plain("sdpa", plain_bytes),
     "hf-batch": Peer(
         lambda _: f"transformers {version('transformers')}, generate_batch, sdpa",
-        lambda request: _no_attention(request, "sdpa") or _no_room(request, batch_bytes),
+        lambda request: _no_attention(request, "sdpa"),
+        lambda request: _no_room(request, batch_bytes),
         _make_batch,
     ),
-    "llama.cpp": Peer(_what_llama, _why_not_llama, _make_llama),
+    "llama.cpp": Peer(_what_llama, _why_not_llama, lambda _: None, _make_llama, own_formats=True),
 }

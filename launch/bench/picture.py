@@ -83,7 +83,7 @@ def _draw(axis: Any, name: str, rows: list[Row]) -> None:
 
 
 def _draw_ceiling(axis: Any, name: str, rows: list[Row], label: str) -> None:
-    """One line for each number of devices: what no contender on so many can pass."""
+    """What no exact contender can pass, on the most devices that were measured."""
     timed = "tpot" if name == "tpot" else "ttft"
     floors = {(row["length"], row.get(f"floor_{timed}_ms")) for row in rows}
     least: dict[int, float] = {}

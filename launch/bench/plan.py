@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,10 +9,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from launch.bench import attention
+from launch.bench.cells import Load
 from launch.bench.peers import PEERS, Request
 from launch.evaluate_star import Contender
 from launch.evaluate_star import label_of as star_label
 from launch.sizes import listed, read_lengths, read_sizes
+from ringstar.checks import check_fits
 from ringstar.config import (
     BenchConfig,
     StrategyConfig,
@@ -22,19 +23,10 @@ from ringstar.config import (
 )
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles, choose_dtype
-from ringstar.ranks import under_torchrun, world_size_of
-from ringstar.runtime import check_fits
+from ringstar.ranks import under_torchrun, usable_cores, world_size_of
 
 KEY = "bench.strategy"
 DEFAULT = ("ring", "star block_size=1/4")
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """One point of the grid: prompts of `length` tokens, `batch` of them in a call."""
-
-    length: int
-    batch: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,10 @@ class Plan:
         yield from ((peer, 1, load) for peer in self.processes for load in self.loads)
 
     @property
+    def lengths(self) -> list[int]:
+        return sorted({load.length for load in self.loads})
+
+    @property
     def processes(self) -> list[str]:
         """The peers that generate, each in a process of its own."""
         return [peer for peer in self.peers if peer in PEERS]
@@ -79,6 +75,7 @@ def make_plan(config: BenchConfig, files: ModelFiles) -> Plan:
         for strategy in plan.here(world):
             for length in lengths:
                 _check(config, files, strategy, world, length)
+    _check_batches(config, loads)
     peers, skipped = _peers(plan, files)
     return replace(plan, peers=peers, notes=[*notes, *skipped])
 
@@ -86,7 +83,7 @@ def make_plan(config: BenchConfig, files: ModelFiles) -> Plan:
 def request_of(config: BenchConfig, files: ModelFiles, load: Load, device: torch.device) -> Request:
     """A load as peers take it: with all cores, as all ranks together have them."""
     dtype, _ = choose_dtype(config.model, files.config, device)
-    threads, new_tokens = os.cpu_count() or 1, config.bench.new_tokens
+    threads, new_tokens = usable_cores(), config.bench.new_tokens
     return Request(files, device, dtype, threads, load.length, new_tokens, load.batch)
 
 
@@ -150,9 +147,23 @@ def _label(strategy: StrategyConfig) -> str:
     return " ".join([strategy.name, *others])
 
 
+def _check_batches(config: BenchConfig, loads: Sequence[Load]) -> None:
+    """Raise UserError for what batches, which an attached model reads, cannot have."""
+    if all(load.batch == 1 for load in loads):
+        return
+    for key, asked, usual in (
+        ("rope.scaling", config.rope.scaling, "none"),
+        ("kernel.unified_max", config.kernel.unified_max, False),
+    ):
+        if asked != usual:
+            raise UserError(key, asked, "only one prompt at a time has it: bench.batches=1")
+
+
 def _peers(plan: Plan, files: ModelFiles) -> tuple[list[str], list[str]]:
     """Who is measured beside, and who is not and why; UserError for one that was asked by name."""
     given, every = listed(plan.config.bench.peers), [*PEERS, attention.PEER]
+    if not given:
+        given = [""]
     if given == ["none"]:
         return [], []
     if plan.config.bench.cells:  # it was looked at before this process was started
@@ -171,12 +182,13 @@ def _peers(plan: Plan, files: ModelFiles) -> tuple[list[str], list[str]]:
 
 def _why_not(name: str, plan: Plan, files: ModelFiles) -> str | None:
     """Why it can run no load at all; None if it can run one."""
-    config = plan.config
-    if name == attention.PEER:
-        return attention.why_never(plan.worlds, config.transport.name)
+    config, device = plan.config, own_device()
     if under_torchrun():
-        return "it is one process, and torchrun started ranks; without torchrun it is measured"
-    device = own_device()
+        return "has processes of its own, and torchrun started ours: drop torchrun for it"
+    if name == attention.PEER:
+        dtype, _ = choose_dtype(config.model, files.config, device)
+        halves = device.type == "cuda" and dtype == torch.float32
+        return attention.why_never(plan.worlds, config.transport.name, halves)
     reasons = [PEERS[name].why_not(request_of(config, files, each, device)) for each in plan.loads]
     return None if None in reasons else reasons[0]
 
@@ -184,6 +196,13 @@ def _why_not(name: str, plan: Plan, files: ModelFiles) -> str | None:
 def _worlds(config: BenchConfig) -> tuple[list[int], list[str]]:
     """How many ranks, and why; raises UserError."""
     given, transport = config.bench.worlds, config.transport
+    simulated = transport.name == "threads"
+    asked = config.launch.nproc or (None if simulated else transport.world_size)
+    if config.launch.nproc and simulated:
+        why = "transport=threads simulates its ranks; bench.worlds says how many"
+        raise UserError("launch.nproc", config.launch.nproc, why)
+    if given is not None and asked and not config.bench.cells:
+        raise UserError("bench.worlds", given, f"{asked} ranks are asked for elsewhere; drop one")
     if under_torchrun() and transport.name != "threads":
         started = world_size_of(transport)
         if given is not None and read_sizes("bench.worlds", given) != [started]:
@@ -191,7 +210,7 @@ def _worlds(config: BenchConfig) -> tuple[list[int], list[str]]:
         return [started], []
     if given is not None:
         return read_sizes("bench.worlds", given), []
-    asked = config.launch.nproc or transport.world_size
+    asked = asked or transport.world_size
     gpus = torch.cuda.device_count()
     most = asked or gpus or 2
     why = "as asked" if asked else "the GPUs here" if gpus else "no GPU here"

@@ -15,25 +15,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from launch.bench import attention
-from launch.bench.cells import AttentionTimes, Line, add_line, measured
+from launch.bench.cells import Line, Load, add_line, measured
 from launch.bench.measure import timed_calls
-from launch.bench.peers import AsTimed
-from launch.bench.plan import Load, Plan, make_plan
-from launch.bench.timed import Generates, Timed
+from launch.bench.plan import Plan, make_plan
 from launch.evaluate_star import Contender
 from launch.options import BENCH
 from launch.start import RankCommand, run_program
 from launch.weights import usable_model
 from ringstar import attach, detach
-from ringstar.attention_alone import random_qkv
+from ringstar.checks import choose_kernel
 from ringstar.config import BenchConfig, StrategyConfig
-from ringstar.metrics import gather_integers, largest
+from ringstar.metrics import gather_integers
 from ringstar.models import ModelFiles, choose_dtype
 from ringstar.models.one_device import plain_model
 from ringstar.models.plain_generate import PlainGenerate
-from ringstar.ranks import Ranks, Transport, make_ranks
+from ringstar.ranks import Ranks, make_ranks
 from ringstar.runtime import LongContext
+from ringstar.timed import Generates, Timed
 
 
 def check_request(config: BenchConfig) -> tuple[ModelFiles, Plan]:
@@ -69,7 +67,7 @@ class Encoded:
         (prompt,) = prompts
         text, question = list(prompt[: -self._asked]), list(prompt[-self._asked :])
         asked_s = time.perf_counter()
-        document = self._runtime.encode(text, strategy=self._strategy)
+        document = self._runtime.encode(text, strategy=self._strategy, length=len(prompt))
         encoded_s = time.perf_counter()
         answer = self._runtime.ask(document, question, max_new_tokens=new_tokens, ignore_eos=True)
         document.forget()
@@ -93,6 +91,7 @@ class RankBench:
         self._ranks, self._why = ranks, why
         first = ranks.transports[0]
         self._world, self._device = first.world_size, first.device
+        self._kernel = choose_kernel(config, files, first.device).backend.name
         self._cells = cells
 
     def run(self) -> None:
@@ -102,8 +101,6 @@ class RankBench:
             self._documents(alone)
         if together:
             self._batches(together)
-        if attention.PEER in self._plan.peers:
-            self._attention()
 
     def _documents(self, loads: Sequence[Load]) -> None:
         """One prompt at a time, as `launch.generate` does it."""
@@ -127,11 +124,12 @@ class RankBench:
                     strategy,
                     self._ranks,
                     kernel=config.kernel.name,
+                    rope_precision=config.rope.precision,
                     chunk_tokens=config.encode.chunk_tokens,
                     query_tokens=config.bench.question_tokens,
                     cache=replace(config.cache, offload="none"),
                 )
-                self._measure(contender, load, AsTimed(PlainGenerate(model)))
+                self._measure(contender, load, PlainGenerate(model))
                 detach(model)
 
     def _measure(self, contender: Contender, load: Load, who: Generates) -> None:
@@ -142,7 +140,8 @@ class RankBench:
         if self._ranks.transports[0].name == "threads":  # of one process, seen by one rank
             peaks, cpus = peaks[:1], cpus[:1]
         who_and_where = (contender.label, self._world)
-        self._write(measured(who_and_where, load, calls, sum(cpus) / 1e9, peaks))
+        how = self._ranks.transports[0].name, self._kernel
+        self._write(measured(who_and_where, load, calls, sum(cpus) / 1e9, peaks, *how))
 
     def _barrier(self) -> None:
         self._ranks.run(lambda transport: transport.barrier())
@@ -153,31 +152,6 @@ class RankBench:
     def _write(self, line: Line) -> None:
         if self._cells is not None:
             add_line(self._cells, line)
-
-    def _attention(self) -> None:
-        """Without the model, at every length."""
-        for length in sorted({load.length for load in self._plan.loads}):
-            if self._world == 1:
-                self._write(self._attention_times(attention.ONE_PROCESS, length))
-                continue
-            self._write(self._attention_times(attention.OURS, length))
-            if why := attention.why_not(length, self._world):
-                self._write(AttentionTimes(attention.PEER, self._world, length, why_not=why))
-            else:
-                self._write(self._attention_times(attention.PEER, length))
-
-    def _attention_times(self, name: str, length: int) -> AttentionTimes:
-        """Of the slowest rank, call by call."""
-        given = self._config.bench
-        dtype, _ = choose_dtype(self._config.model, self._files.config, self._device)
-
-        def on_rank(transport: Transport) -> list[float]:
-            qkv = random_qkv(self._files.config, length, dtype, transport.device)
-            call = attention.PREPARED[name](qkv, transport)
-            found = attention.seconds_of(call, transport.barrier, given.warm_ups, given.requests)
-            return largest(transport, found)
-
-        return AttentionTimes(name, self._world, length, self._ranks.run(on_rank)[0])
 
 
 COMMAND = RankCommand(

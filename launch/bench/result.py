@@ -110,18 +110,22 @@ def row_of(
             f"median_{name}_ms": 1e3 * float(np.median(seconds)),
             f"p99_{name}_ms": 1e3 * float(np.percentile(seconds, 99)),
         }
+    row |= {"transport": cell.transport, "kernel": cell.kernel}
     row |= {"cpu_s": cell.cpu_s, "peak_memory_bytes": cell.peak_memory_bytes}
     reference = reference_of(cell.key, answers or {})
     same = None if reference is None or answers is None else _same(cell.ids, answers[reference])
     row["same_tokens"] = same
-    if ceilings is not None:
-        past = cell.length + len(cell.token_s[0]) // 2
-        least = {
-            "ttft": cell.batch * ceilings.ttft_s(cell.length, ceilings.devices(cell.world)),
-            "tpot": ceilings.tpot_s(past, cell.batch),
-        }
-        row |= {f"floor_{name}_ms": 1e3 * seconds for name, seconds in least.items()}
+    peer = PEERS.get(cell.contender)
+    if ceilings is not None and not (peer and peer.own_formats):
+        row |= {f"floor_{name}_ms": 1e3 * least for name, least in _floors(cell, ceilings)}
     return row
+
+
+def _floors(cell: Measured, ceilings: Ceilings) -> Iterator[tuple[str, float]]:
+    """The least seconds for all prompts of a batch together, and for a token in the middle."""
+    devices, past = ceilings.devices(cell.world), cell.length + len(cell.token_s[0]) // 2
+    yield "ttft", cell.batch * ceilings.ttft_s(cell.length, devices)
+    yield "tpot", ceilings.tpot_s(past, cell.batch, devices)
 
 
 def reference_of(key: Key, known: Container[Key]) -> Key | None:

@@ -86,7 +86,7 @@ def _table(result: dict[str, Any], rows: Sequence[Row], title: str) -> Table:
             *_time(row, beside, "ttft"),
             *_time(row, beside, "tpot"),
             f"{row['total_token_throughput']:,.0f}",
-            f"{sum(row['peak_memory_bytes']) / 2**20:,.0f}",
+            f"{sum(row['peak_memory_bytes']) / 2**20:,.0f}" if row["peak_memory_bytes"] else "",
             "" if row["same_tokens"] is None else f"{row['same_tokens']:.0%}",
         )
     return table
@@ -131,7 +131,7 @@ def _said(result: dict[str, Any]) -> Iterator[str]:
 def comparison(found: Sequence[Change], how: str, tolerance: float, path: str) -> str:
     """What changed since an earlier result."""
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    table = Table(title=f"against {path}: {how}", title_justify="left")
+    table = Table(title=Text(f"against {path}: {how}"), title_justify="left")
     for name in ("", "ranks", "tokens", "batch", "", "times as long"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for change in found:

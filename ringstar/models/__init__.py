@@ -3,7 +3,7 @@
 import ringstar.models.quiet  # noqa: F401 - before whatever imports transformers
 from ringstar.models.attention import ForwardContext, PositionEmbeddings
 from ringstar.models.bind import BoundModel
-from ringstar.models.facts import ModelFacts
+from ringstar.models.facts import ModelFacts, attention_heads
 from ringstar.models.families import FAMILIES, SUPPORTED, features
 from ringstar.models.generating import (
     causal_output,
@@ -37,6 +37,7 @@ __all__ = [
     "PositionEmbeddings",
     "Shapes",
     "ShardedPast",
+    "attention_heads",
     "causal_output",
     "check_attachable",
     "check_call",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ringstar.models.attention import NAME, ForwardContext
+from ringstar.models.facts import attention_heads
 from ringstar.models.rotary import Rotary
 
 
@@ -82,8 +83,7 @@ class BoundModel:
         """Of one layer's weights, and of its attention per key that a token sees."""
         layer = next(iter(self.model.get_decoder().layers))
         weights = sum(p.numel() for p in layer.parameters())
-        heads = self.config.num_attention_heads
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        heads, _, head_dim = attention_heads(self.config)
         return 2.0 * weights, 4.0 * heads * head_dim
 
 

@@ -44,3 +44,10 @@ class ModelFacts:
         if "longrope" not in rope_types(self.config):
             return None
         return self.config.rope_parameters["original_max_position_embeddings"]
+
+
+def attention_heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, KV heads, and the size of one."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +17,11 @@ from transformers.generation import BaseStreamer, ContinuousBatchingConfig
 
 from ringstar.models.load import ModelFiles
 from ringstar.models.one_device import plain_model
+from ringstar.timed import Timed
 
 # transformers' own sizes: tokens of KV in a page, and tokens that one pass reads at most
 PAGE_TOKENS = 256
 PASS_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """`time.perf_counter` seconds of asking and of each token, and the tokens, for each prompt."""
-
-    asked_s: float
-    token_s: list[list[float]]
-    ids: list[list[int]]
 
 
 class _Clock(BaseStreamer):
@@ -56,7 +47,7 @@ class PlainGenerate:
         # a checkpoint's own settings may sample, and end at tokens
         self._model.generation_config = _greedy()
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Steps:
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timed:
         """Greedy tokens to prompts of one length, which are the rows of one batch."""
         clock, asked_s = _Clock(), time.perf_counter()
         ids_BT = torch.tensor([list(prompt) for prompt in prompts], device=self._model.device)
@@ -67,7 +58,7 @@ class PlainGenerate:
             streamer=clock,
         )
         ids = torch.stack(clock.tokens[1:], dim=1).tolist()
-        return Steps(asked_s, [clock.times[1:] for _ in prompts], ids)
+        return Timed(asked_s, [clock.times[1:] for _ in prompts], ids)
 
 
 class BatchGenerate:
@@ -98,7 +89,7 @@ class BatchGenerate:
             auto_switch_to_flash=False,  # it would fetch kernels from the hub
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Steps:
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timed:
         """Greedy tokens to prompts, which arrive together; raises RuntimeError if one fails."""
         manager = self._model.init_continuous_batching(_greedy(eos_token_id=-1), self._config)
         manager.warmup()  # makes the cache
@@ -115,7 +106,7 @@ class BatchGenerate:
             manager.stop(block=True)
             manager.destroy()
         found = [done[name] for name in names]
-        return Steps(
+        return Timed(
             asked_s, [one.timestamps for one in found], [one.generated_tokens for one in found]
         )
 

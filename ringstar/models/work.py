@@ -42,10 +42,9 @@ class ModelWork:
         attention = sum(each.pair_flops * _pairs(tokens, each.window) for each in self.layers)
         return self.token_flops * tokens + self.head_flops + attention
 
-    def token_bytes(self, past: int) -> int:
-        """To be read for one more token behind so many: all weights, and the KV that it sees."""
-        seen = sum(each.kv_bytes * min(past, each.window or past) for each in self.layers)
-        return self.weight_bytes + seen
+    def kv_bytes(self, past: int) -> int:
+        """Of the KV that one more token behind so many sees; the weights are read beside."""
+        return sum(each.kv_bytes * min(past, each.window or past) for each in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,7 +4,9 @@ launch.bench: the grid, what is made of times, comparisons, and whole runs.
 """
 
 import json
+import time
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,22 +19,23 @@ from launch.bench.cells import (
     AttentionTimes,
     Ceilings,
     LineReader,
+    Load,
     Measured,
     add_line,
     highest,
     measured,
 )
-from launch.bench.plan import Load, make_plan, prompts_of, read_strategies
+from launch.bench.plan import make_plan, prompts_of, read_strategies
 from launch.bench.result import NOT_DONE, row_of
 from launch.bench.tables import block, tables
-from launch.bench.timed import Timed
 from launch.options import BENCH
 from ringstar import UserError
 from ringstar.config import DenseConfig, ModelConfig, RingConfig, StarConfig
 from ringstar.models import find_model
 from ringstar.models.work import work_of
+from ringstar.timed import Timed
 from tests.support.commands import TORCHRUN, python
-from tests.support.models import tiny_folder
+from tests.support.models import DYNAMIC, tiny_folder
 
 SMALL = ["bench.lengths=40,72", "bench.requests=2", "bench.new_tokens=4", "bench.question_tokens=4"]
 
@@ -100,6 +103,10 @@ def test_strategies_are_read_as_they_are_written():
         (["bench.batches="], "bench.batches=: allowed"),
         (["bench.new_tokens=1"], "bench.new_tokens=1: allowed: 2 or more"),
         (["bench.tolerance=-1"], "bench.tolerance=-1"),
+        (["bench.peers="], ": allowed: auto, all, none"),
+        (["bench.worlds=2", "launch.nproc=3"], "3 ranks are asked for elsewhere; drop one"),
+        (["transport=threads", "launch.nproc=3"], "transport=threads simulates its ranks"),
+        (["bench.batches=1,2", "kernel.unified_max=true"], "only one prompt at a time has it"),
         (["bench.peers=hf-sdpa,vllm"], "vllm: allowed: auto, all, none, or of hf-eager"),
         (["bench.peers=llama.cpp"], "llama.cpp: needs a"),
         (["bench.worlds=1", f"bench.peers={PEER}"], "needs several processes"),
@@ -173,9 +180,13 @@ def test_floors_are_products_and_bytes_at_the_highest_rates():
     # 10 tokens: 55 pairs, and within the window 1 + 2 + 3 + 7 · 4
     assert found.ttft_s(10) == pytest.approx((10 * 10 + 100 + 2 * 55 + 34) / 1e3)
     assert found.tpot_s(10, 2) == pytest.approx((55 + 2 * (30 + 4)) / 1e2)
+    assert found.tpot_s(10, 2, 4) == pytest.approx((55 + 2 * (30 + 4) / 4) / 1e2)
     cell = measured(("ring", 8), Load(10, 2), CALLS, 0.0, [1])
     row = row_of(cell, {}, found)
     assert row["floor_ttft_ms"] == pytest.approx(1e3 * 2 * found.ttft_s(10) / 4)
+    assert row["floor_tpot_ms"] == pytest.approx(1e3 * found.tpot_s(11, 2, 4))
+    other = measured(("llama.cpp", 1), Load(10, 2), CALLS, 0.0, [1])
+    assert "floor_tpot_ms" not in row_of(other, {}, found)  # its bytes are others
     assert highest([]) is None
 
 
@@ -206,17 +217,18 @@ def test_work_is_that_of_the_weights_that_a_token_meets(family):
 
 def test_lines_are_read_while_they_are_written(tmp_path):
     path, seen = tmp_path / "cells.jsonl", []
-    first = measured(("ring", 2), Load(100, 2), CALLS, 3.5, [10, 20])
+    first = measured(("ring", 2), Load(100, 2), CALLS, 3.5, [10, 20], "gloo", "torch")
     second = AttentionTimes("ringattn", 2, 100, [0.1, 0.2])
-    with LineReader(path, seen.append) as reader:
+    with LineReader(path, seen.append, every_s=0.01) as reader:
         add_line(str(path), first)
+        ends = time.monotonic() + 30
+        while not seen and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert seen == [first]  # before the writer is done
         with path.open("a") as file:
             file.write('{"kind": "Meas')  # a writer that was killed
-    assert reader.lines == seen == [first]
-    path.unlink()
-    with LineReader(path, seen.append) as reader:
         add_line(str(path), second)
-    assert reader.lines == [second]
+    assert reader.lines == seen == [first, second]
 
 
 # -- comparisons -------------------------------------------------------------------------------
@@ -225,10 +237,11 @@ def test_lines_are_read_while_they_are_written(tmp_path):
 def result(device: str, **times: float) -> dict:
     cells = [
         {"contender": who.replace("_", "-"), "world": 1, "length": 9, "batch": 1, "why_not": None}
-        | {"median_ttft_ms": ms, "median_tpot_ms": ms / 2}
+        | {"median_ttft_ms": ms, "median_tpot_ms": ms / 2, "transport": None}
         for who, ms in times.items()
     ]
-    return {"model": "m", "device": device, "cells": cells}
+    told = {"dtype": "float32", "new_tokens": 4, "question_tokens": 4}
+    return {"model": "m", "device": device, "cells": cells, **told}
 
 
 def test_times_on_a_cpu_are_compared_as_multiples_of_a_peer():
@@ -254,16 +267,32 @@ def test_times_on_the_same_gpu_are_compared_as_they_are():
         ("{", "cannot be read"),
         ("[]", "is no result of launch.bench"),
         ('{"answer": 1}', "is no result of launch.bench"),
-        (json.dumps(result("cpu")), "measured m, and this model is"),
+        (result("cpu"), "was measured with m, and this is with tiny"),
+        (result("cpu") | {"dtype": "bfloat16"}, "was measured with bfloat16"),
+        (result("cpu") | {"new_tokens": 9}, "was measured with 9, and this is with 4"),
+        (result("H200"), "was measured on H200, and this is another kind"),
+        (result("cpu", hf_sdpa=1), "has none of these cells"),
+        (result("cpu", ring=1), "on a CPU both need a peer"),
     ],
 )
 def test_what_cannot_be_compared_with_is_refused(bare, tmp_path, content, says):
-    path = tmp_path / "then, 1.json"
+    path, name = tmp_path / "then, 1.json", Path(bare).name
+    if isinstance(content, dict):  # of this model and these loads, but for what is wrong
+        content = {**content, "model": "m" if "with m," in says else name}
+        content["cells"] = [{**cell, "length": 40} for cell in content["cells"]]
+        says = says.replace("tiny", name)
     if content is not None:
-        path.write_text(content)
-    config, files, _ = plan_of(bare, f"bench.against={path}")
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    _, files, plan = plan_of(bare, f"bench.against={path}", "bench.worlds=1")
     with pytest.raises(UserError, match=says):
-        read_earlier(config, files)
+        read_earlier(plan, files)
+
+
+def test_what_only_one_of_two_runs_has_is_not_compared():
+    then, now = result("H200", ring=10), result("H200", ring=33)
+    then["cells"][0] |= {"transport": "threads", "world": 2}
+    now["cells"][0]["world"] = 2
+    assert changes(now, then)[0] == []
 
 
 # -- whole runs --------------------------------------------------------------------------------
@@ -295,8 +324,9 @@ def test_everyone_is_measured_in_one_run(bench, bare):
         assert cell["total_output_tokens"] == 4 * cell["completed"]
         assert cell["median_ttft_ms"] > 0 and cell["median_tpot_ms"] > 0
         assert len(cell["peak_memory_bytes"]) == cell["world"]
-        if cell["contender"] in ("ring", "hf-sdpa"):
+        if cell["contender"] == "ring":
             assert cell["same_tokens"] == 1
+            assert (cell["transport"], cell["kernel"]) == ("gloo", "torch")
     attention = {(a["contender"], a["world"], a["length"]) for a in found["attention"]}
     both = [("ringattn", 2), (PEER, 2), ("PyTorch sdpa", 1)]
     assert attention == {(*each, length) for each in both for length in (40, 72)}
@@ -326,15 +356,16 @@ def test_what_became_slower_ends_with_1(bench, bare, tmp_path, in_this_process, 
     before = tmp_path / "before, 1.json"
     one = ["bench.worlds=1", "bench.strategy=ring", "bench.peers=hf-sdpa", "bench.tolerance=1000"]
     given = [f"model.path={bare}", *SMALL, *one, "--against", str(before)]
-    for factor, status in ((1, 0), (1e-6, 1)):
+    for factors, status in (((1, 1), 0), ((1e-6, 1), 1), ((1e6, 1e-6), 1)):
         for cell in earlier["cells"]:
             if cell["contender"] == "ring":
-                cell["median_tpot_ms"] *= factor
+                cell["median_tpot_ms"] *= factors[0]
+                cell["median_ttft_ms"] *= factors[1]
         before.write_text(json.dumps(earlier))
         assert main(given) == status
         out, err = capsys.readouterr()
         assert len(json.loads(out.splitlines()[-1])["against"]) == 4
-        assert (" slower" in out) == ("(bench.tolerance)" in err) == bool(status)
+        assert (" slower" in out) == ("2 times are longer" in err) == bool(status)
 
 
 @pytest.mark.slow
@@ -351,7 +382,7 @@ def test_ranks_of_torchrun(bare):
     assert done.returncode == 0, done.stderr
     cells = json.loads(done.stdout.splitlines()[-1])["cells"]
     assert {(cell["world"], cell["why_not"]) for cell in cells} == {(2, None)}
-    assert "hf-sdpa is not measured: it is one process" in done.stderr
+    assert done.stderr.count("hf-sdpa is not measured: has processes of its own") == 1
 
 
 def test_a_peer_that_dies_ends_no_benchmark(bare, monkeypatch, capsys):
@@ -364,6 +395,17 @@ def test_a_peer_that_dies_ends_no_benchmark(bare, monkeypatch, capsys):
         assert main(given) == status
         cells = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
         assert {cell["why_not"] for cell in cells} == {NOT_DONE}
+
+
+@pytest.mark.slow
+def test_rope_that_depends_on_the_length(in_this_process, capsys):
+    """What is encoded is as long as what is asked about it."""
+    folder = tiny_folder("llama", **DYNAMIC)
+    given = [f"model.path={folder}", "bench.lengths=90", "bench.requests=1", "bench.new_tokens=3"]
+    given += ["bench.worlds=1", "bench.strategy=ring", "model.allow_beyond_limit=true"]
+    assert main([*given, "bench.peers=hf-sdpa"]) == 0
+    ring, _ = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
+    assert ring["why_not"] is None and ring["same_tokens"] > 0
 
 
 def test_wrong_input_ends_with_2_before_anything_starts(bare, capsys, monkeypatch):
