@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     """Measure, unless only the report is asked for; returns the exit status."""
     date = circumstances("")["date"]
     for name, grid in GRIDS.items() if arguments != ["report"] else ():
-        status = bench([*ALWAYS, *grid, f"output.path={RESULTS / f'{date}-cpu-{name}.json'}"])
+        status = bench([*ALWAYS, *grid, f"output.path={relpath(RESULTS)}/{date}-cpu-{name}.json"])
         if status:
             return status
     newest = sorted(RESULTS.glob("*-cpu-peers.json"))[-1].name.removesuffix("-peers.json")
@@ -126,7 +127,8 @@ def faster(result: dict[str, Any]) -> Iterator[str]:
                 f"{times:.2f} at {length:,} tokens" for length, times in found.items()
             )
             why = WHY.get((who, shown), "why was not found out")
-            yield f"**`{who}` has a shorter {shown}** than the best exact one of ours: {where}; {why}."
+            than = f"a shorter {shown}** than the best exact one of ours"
+            yield f"**`{who}` has {than}: {where}; {why}."
 
 
 def _faster(known: Mapping[Key, Row], who: str, name: str) -> Iterator[tuple[int, float]]:
