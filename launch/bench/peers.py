@@ -141,10 +141,6 @@ def _why_not_llama(request: Request) -> str | None:
         return "needs a package that builds llama.cpp from source: pip install llama-cpp-python"
     if gguf is None:
         return f"needs a GGUF file: {request.files.folder} has none; give one: model.path=FILE.gguf"
-    try:
-        llama.weights_format(gguf)
-    except RuntimeError as error:
-        return str(error)
     if request.files.scaling:
         return "rope.scaling is not for llama.cpp; allowed: none"
     if request.device.type == "cuda" and not llama.runs_on_gpus():
