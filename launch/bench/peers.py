@@ -14,6 +14,7 @@ import torch
 
 from launch.bench import llama
 from launch.bench.peer_room import batch_bytes, eager_bytes, llama_bytes, plain_bytes
+from ringstar.errors import in_a_line
 from ringstar.memory import free_memory
 from ringstar.models import ModelFiles, quiet_transformers
 from ringstar.models.one_device import plain_model
@@ -104,9 +105,9 @@ def _no_attention(request: Request, attention: str) -> str | None:
     return f"transformers has no {attention} attention for {request.files.config.model_type}"
 
 
-def _no_room(request: Request, needed: Needed) -> str | None:
+def _no_room(request: Request, needed: Needed, own: bool = False) -> str | None:
     sizes = request.batch, request.prompt_tokens, request.new_tokens
-    wanted = _weights(request) + needed(request.files.config, request.dtype, *sizes)
+    wanted = _weights(request, own) + needed(request.files.config, request.dtype, *sizes)
     free = int(_SHARE * free_memory(request.device))
     if wanted <= free:
         return None
@@ -115,11 +116,11 @@ def _no_room(request: Request, needed: Needed) -> str | None:
     )
 
 
-def _weights(request: Request) -> int:
-    """Bytes of the files that weights come from; a GGUF file's are widened."""
-    files = request.files
-    if files.gguf:
-        return (files.folder / files.gguf).stat().st_size * 8  # of 4 bits each, as float32
+def _weights(request: Request, own: bool) -> int:
+    """Bytes of the files that weights come from; a GGUF file's are widened, but by its `own`."""
+    files, gguf = request.files, _gguf(request)
+    if gguf is not None and (own or files.gguf):
+        return gguf.stat().st_size * (1 if own else 8)  # of 4 bits each, as float32
     return sum(path.stat().st_size for path in files.folder.glob("*.safetensors"))
 
 
@@ -148,7 +149,11 @@ def _why_not_llama(request: Request) -> str | None:
             "llama-cpp-python was built without CUDA: CMAKE_ARGS=-DGGML_CUDA=on"
             " pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python"
         )
-    return _no_room(request, llama_bytes)
+    try:
+        llama.weights_format(gguf)
+    except (RuntimeError, ImportError, OSError) as error:  # or its library does not load
+        return in_a_line(error)
+    return None
 
 
 def _make_llama(request: Request) -> AbstractContextManager[Generates]:
@@ -181,5 +186,11 @@ PEERS: dict[str, Peer] = {
         lambda request: _no_room(request, batch_bytes),
         _make_batch,
     ),
-    "llama.cpp": Peer(_what_llama, _why_not_llama, lambda _: None, _make_llama, own_formats=True),
+    "llama.cpp": Peer(
+        _what_llama,
+        _why_not_llama,
+        lambda request: _no_room(request, llama_bytes, own=True),
+        _make_llama,
+        own_formats=True,
+    ),
 }

@@ -146,6 +146,7 @@ def installed(monkeypatch, there: bool) -> None:
     """The package, whether this machine has it or not."""
     spec = importlib.machinery.ModuleSpec("llama_cpp", None) if there else None
     monkeypatch.setattr(peers, "find_spec", lambda _: spec)
+    monkeypatch.setattr(llama, "weights_format", lambda _: "Q4_1")
 
 
 def test_why_llama_cpp_does_not_run(monkeypatch, smollm2):
@@ -158,6 +159,12 @@ def test_why_llama_cpp_does_not_run(monkeypatch, smollm2):
     assert "needs a GGUF file" in why_not(request_of(tiny_folder("llama")))
     monkeypatch.setattr(llama, "runs_on_gpus", lambda: False)
     assert "DGGML_CUDA=on" in why_not(replace(smollm2, device=torch.device("cuda", 1)))
+
+    def unreadable(_):
+        raise RuntimeError("llama.cpp cannot read it")
+
+    monkeypatch.setattr(llama, "weights_format", unreadable)
+    assert why_not(smollm2) == "RuntimeError: llama.cpp cannot read it"
 
 
 def test_llama_cpp_is_not_given_a_scaled_rope(monkeypatch):
