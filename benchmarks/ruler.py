@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ OPTIONS = {
     "evaluate.lengths": "1K,2K,4K,7K",
     "evaluate.samples": "40",
     "evaluate.star": "block_size=1/4",
-    "output.path": str(RESULTS / "ruler.json"),
+    "output.path": relpath(RESULTS / "ruler.json"),
 }
 _PACKAGES = ("torch", "transformers", "wonderwords", "scipy", "ringstar")
 _HOW = """Every setting got the same samples. Exact is Ring Attention; star has blocks of a quarter

@@ -5,6 +5,7 @@ The command behind committed results: its options are real, and its report is of
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_its_options_are_those_of_the_command():
     config = EVALUATE.parse(command_options([]))
     assert config.evaluate.star == ["block_size=1/4", "block_size=1/8"]
     assert (config.evaluate.samples, config.evaluate.essay_path) == (40, None)
-    assert config.output.path == str(RESULTS / "ruler.json")
+    assert Path(config.output.path).resolve() == RESULTS / "ruler.json"
     config = EVALUATE.parse(command_options(["evaluate.samples=3", "evaluate.star=block_size=9"]))
     assert (config.evaluate.samples, config.evaluate.star) == (3, ["block_size=9"])
 
