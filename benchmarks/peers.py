@@ -28,15 +28,15 @@ GRIDS = {
 }
 ALWAYS = ("model=smollm2", "bench.worlds=1,2", "bench.peers=all")
 QUANTITIES = {"ttft": "TTFT", "tpot": "TPOT"}
+_LEANER = (
+    "one process has nothing to exchange, and its step is leaner than ours even on one rank,"
+    " although it copies its KV each time; where ours loses it is not yet known"
+)
 # why a peer is faster than the best of ours, where it is
 WHY = {
     ("llama.cpp", "TPOT"): "it reads weights of 4 bits and KV of 16, where ours are float32: a step"
     " is as fast as memory gives them",
-    (
-        "hf-sdpa",
-        "TPOT",
-    ): "one process has nothing to exchange, and its step is leaner than ours even"
-    " on one rank, although it copies its KV each time; where ours loses it is not yet known",
+    ("hf-sdpa", "TPOT"): _LEANER,
     ("hf-batch", "TPOT"): "a step of one process, as of `hf-sdpa`",
 }
 

@@ -12,7 +12,7 @@ are read and answered, bench.requests times, as closely as the peers beside do i
   hf-eager, hf-sdpa       Hugging Face's generate in one process, with these attentions
   hf-batch                its generate_batch (continuous batching)
   llama.cpp               llama-cpp-python, on the GGUF file that the model comes from
-  ring-attention-pytorch  attention alone, on the same ranks as ours
+  ring-attention-pytorch  attention alone, on as many ranks as ours
 
 Each number of ranks, and each peer, runs in processes of its own, one after another; on a CPU each
 has all cores.  A block for each cell is printed when it is done, then tables, and as the last line

@@ -71,7 +71,7 @@ def run_rank(config: BenchConfig, _: Any) -> None:
         flops_per_s(dtype, device),
         bytes_per_s(dtype, device),
         max(1, torch.cuda.device_count()),
-        work.as_dict(),
+        work,
     )
     add_line(config.bench.cells, found)
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
-from typing import Any
 
 from ringstar.models.work import ModelWork
 from ringstar.timed import Timed
@@ -74,7 +73,7 @@ class Ceilings:
     bytes_per_s: float
     # GPUs that ranks may have one each of; 1 where all share the processor
     gpus: int
-    work: dict[str, Any]
+    work: ModelWork
 
     def devices(self, world: int) -> int:
         """Of so many ranks."""
@@ -82,14 +81,13 @@ class Ceilings:
 
     def ttft_s(self, tokens: int, devices: int = 1) -> float:
         """The least time to read a prompt: all its products, as fast as products can be."""
-        return ModelWork.from_dict(self.work).prompt_flops(tokens) / self.flops_per_s / devices
+        return self.work.prompt_flops(tokens) / self.flops_per_s / devices
 
     def tpot_s(self, past: int, batch: int = 1, devices: int = 1) -> float:
         """The least time of a step: weights once, which every device has, and its share of each
         prompt's KV, as fast as memory gives them."""
-        work = ModelWork.from_dict(self.work)
-        kv_bytes = batch * work.kv_bytes(past) / devices
-        return (work.weight_bytes + kv_bytes) / self.bytes_per_s
+        kv_bytes = batch * self.work.kv_bytes(past) / devices
+        return (self.work.weight_bytes + kv_bytes) / self.bytes_per_s
 
 
 def highest(found: Sequence[Ceilings]) -> Ceilings | None:
@@ -103,7 +101,9 @@ def highest(found: Sequence[Ceilings]) -> Ceilings | None:
 _RATES = ("flops_per_s", "bytes_per_s")
 Line = Measured | AttentionTimes | Ceilings
 _KINDS: dict[str, Callable[..., Line]] = {
-    kind.__name__: kind for kind in (Measured, AttentionTimes, Ceilings)
+    "Measured": Measured,
+    "AttentionTimes": AttentionTimes,
+    "Ceilings": lambda work, **rates: Ceilings(work=ModelWork.from_dict(work), **rates),
 }
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ringstar.models.attention import PositionEmbeddings
 from ringstar.models.bind import BoundModel
-from ringstar.models.geometry import OneToken
+from ringstar.models.facts import attention_heads
+from ringstar.models.geometry import LayerShape, OneToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,39 +46,10 @@ class ModelWork:
         """Of the KV that one more token behind so many sees; the weights are read beside."""
         return sum(each.kv_bytes * min(past, each.window or past) for each in self.layers)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> ModelWork:
         layers = [LayerWork(**each) for each in fields["layers"]]
         return ModelWork(**{**fields, "layers": layers})
-
-
-class _Counted(OneToken):
-    """One token whose layers say how many heads ask."""
-
-    def __init__(self, position_embeddings: PositionEmbeddings, itemsize: int):
-        super().__init__(position_embeddings)
-        self._itemsize = itemsize
-        self.found: dict[int | None, tuple[int, int]] = {}
-
-    def attend(
-        self,
-        layer: int,
-        q_BTHD: Tensor,
-        k_BTKD: Tensor,
-        v_BTKD: Tensor,
-        *,
-        window: int | None,
-        **rest: Any,
-    ) -> Tensor:
-        numbers = k_BTKD.shape[3] + v_BTKD.shape[3]
-        flops, nbytes = self.found.get(window, (0, 0))
-        flops += 2 * q_BTHD.shape[2] * numbers
-        nbytes += k_BTKD.shape[2] * numbers * self._itemsize
-        self.found[window] = (flops, nbytes)
-        return super().attend(layer, q_BTHD, k_BTKD, v_BTKD, window=window, **rest)
 
 
 @torch.inference_mode()
@@ -91,7 +62,7 @@ def work_of(bound: BoundModel) -> ModelWork:
         bound.model.set_experts_implementation("eager")
     one = torch.zeros(1, dtype=torch.int64, device=bound.device)
     like = torch.empty(0, dtype=bound.dtype, device=bound.device)
-    context = _Counted(bound.rotary.plan(one, like, 1), bound.dtype.itemsize)
+    context = OneToken(bound.rotary.plan(one, like, 1))
     with FlopCounterMode(display=False) as body:
         hidden_TC = bound.forward(one, one, context, logits=None)
     with FlopCounterMode(display=False) as head:
@@ -101,8 +72,15 @@ def work_of(bound: BoundModel) -> ModelWork:
         token_flops,
         head_flops,
         (token_flops + head_flops) // 2 * bound.dtype.itemsize,
-        [LayerWork(window, *found) for window, found in context.found.items()],
+        [_layers(window, shapes, bound) for window, shapes in context.shapes.items()],
     )
+
+
+def _layers(window: int | None, shapes: Sequence[LayerShape], bound: BoundModel) -> LayerWork:
+    heads, _, _ = attention_heads(bound.config)
+    pair_flops = sum(2 * heads * sum(shape.dims) for shape in shapes)
+    kv_numbers = sum(shape.kv_heads * sum(shape.dims) for shape in shapes)
+    return LayerWork(window, pair_flops, kv_numbers * bound.dtype.itemsize)
 
 
 def _pairs(tokens: int, window: int | None) -> int:

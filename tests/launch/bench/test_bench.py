@@ -32,7 +32,7 @@ from launch.options import BENCH
 from ringstar import UserError
 from ringstar.config import DenseConfig, ModelConfig, RingConfig, StarConfig
 from ringstar.models import find_model
-from ringstar.models.work import work_of
+from ringstar.models.work import LayerWork, ModelWork, work_of
 from ringstar.timed import Timed
 from tests.support.commands import TORCHRUN, python
 from tests.support.models import DYNAMIC, tiny_folder
@@ -175,6 +175,7 @@ def test_floors_are_products_and_bytes_at_the_highest_rates():
             {"window": 4, "pair_flops": 1, "kv_bytes": 1},
         ],
     }
+    work = ModelWork.from_dict(work)
     found = highest([Ceilings(1e3, 7.0, 4, work), Ceilings(5e2, 1e2, 4, work)])
     assert found == Ceilings(1e3, 1e2, 4, work)
     # 10 tokens: 55 pairs, and within the window 1 + 2 + 3 + 7 · 4
@@ -218,7 +219,8 @@ def test_work_is_that_of_the_weights_that_a_token_meets(family):
 def test_lines_are_read_while_they_are_written(tmp_path):
     path, seen = tmp_path / "cells.jsonl", []
     first = measured(("ring", 2), Load(100, 2), CALLS, 3.5, [10, 20], "gloo", "torch")
-    second = AttentionTimes("ringattn", 2, 100, [0.1, 0.2])
+    work = ModelWork(1, 2, 3, [LayerWork(None, 4, 5)])
+    second, third = AttentionTimes("ringattn", 2, 100, [0.1, 0.2]), Ceilings(1.0, 2.0, 1, work)
     with LineReader(path, seen.append, every_s=0.01) as reader:
         add_line(str(path), first)
         ends = time.monotonic() + 30
@@ -228,7 +230,8 @@ def test_lines_are_read_while_they_are_written(tmp_path):
         with path.open("a") as file:
             file.write('{"kind": "Meas')  # a writer that was killed
         add_line(str(path), second)
-    assert reader.lines == seen == [first, second]
+        add_line(str(path), third)
+    assert reader.lines == seen == [first, second, third]
 
 
 # -- comparisons -------------------------------------------------------------------------------
