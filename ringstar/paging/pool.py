@@ -71,8 +71,19 @@ class Storage:
         return self.packed(*one).nbytes
 
     def _room(self, like: Tensor, tokens: int) -> Tensor:
-        shape = (1, tokens, *like.shape[2:])
-        return torch.empty(shape, dtype=like.dtype, device=self.device)
+        """In shape (1, T, K, ...); on a CPU in memory (1, K, T, ...)."""
+        heads, *rest = like.shape[2:]
+        shape = (1, heads, tokens, *rest) if self._heads_first else (1, tokens, heads, *rest)
+        room = torch.empty(shape, dtype=like.dtype, device=self.device)
+        return room.transpose(1, 2) if self._heads_first else room
+
+    @property
+    def _heads_first(self) -> bool:
+        # The CPU's kernel reads head after head: attention of one token over 4,080 others (3 KV
+        # heads of 64 float32, one thread) takes 0.57 of the time if a head lies in one piece; that
+        # of many tokens takes the same. What gloo sends is gathered then, which is little beside
+        # what a CPU computes with it. NCCL sends from where KV lies.
+        return self.device.type == "cpu"
 
 
 @dataclass(frozen=True)

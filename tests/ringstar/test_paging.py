@@ -224,6 +224,20 @@ def test_what_is_written_is_read_as_one_view():
     assert view.k_BTHD.data_ptr() == table.view(0, 0, 30).tensors[0][:, 1:].data_ptr()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", [None, torch.int8])
+def test_a_cpu_has_each_head_in_one_piece_and_others_each_token(device, kind):
+    storage = Storage(torch.float32, torch.device(device), kind)
+    held = PageTable(PagePool({None: [LayerShape(0, 3, (8, 8))]}, storage, PAGE).groups[None])
+    held.append((Run(0, 6),))
+    for tensor in held.view(0, 1, 6).tensors:
+        assert tensor.shape[:3] == (1, 5, 3)
+        next_token, next_head = tensor.stride()[1:3]
+        numbers = tensor[0, 0, 0].numel()
+        nearer, farther = (next_token, next_head) if device == "cpu" else (next_head, next_token)
+        assert nearer == numbers < farther
+
+
 def test_what_was_planned_for_lies_in_one_row():
     """Two texts grow in turn: each in the room that was left behind it."""
     group = pool().groups[None]
