@@ -44,11 +44,12 @@ OPTIONS = {
     "output.path": relpath(RESULTS / "ruler.json"),
 }
 _PACKAGES = ("torch", "transformers", "wonderwords", "scipy", "ringstar")
-_HOW = """Every setting got the same samples. Exact is Ring Attention; star has blocks of a quarter
-and of an eighth of the document behind anchors as long as a block. Scores in per cent with Wilson's
-95% intervals; *of exact's* is star's mean over exact's with its 95% interval, p that of a paired
-test on the same samples, for each row alone ([how](../../docs/evaluate.md#what-is-computed)). Word
-lists and prompt format are not those of published runs: put no score beside a published one."""
+_HOW = """Every setting got the same samples. Exact is Ring Attention, on one rank dense attention;
+star has blocks of a quarter and of an eighth of the document behind anchors as long as a block.
+Scores in per cent with Wilson's 95% intervals; *of exact's* is star's mean over exact's with its
+95% interval, p that of a paired test on the same samples, for each row alone
+([how](../../docs/evaluate.md#what-is-computed)). Word lists and prompt format are not those of
+published runs: put no score beside a published one."""
 
 
 def main(arguments: list[str]) -> int:

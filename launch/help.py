@@ -105,6 +105,7 @@ _MEANING = {
     "bench.batches": "prompts of one call, as 1,4",
     "bench.requests": "measured calls in each cell of the grid",
     "bench.warm_ups": "calls before them",
+    "bench.rounds": "times that everyone is measured so, round after round: for a shared machine",
     "bench.new_tokens": "of each answer; end tokens end nothing",
     "bench.question_tokens": "of a prompt's end that ask about the rest",
     "bench.seed": "of the prompts, which are random tokens",

@@ -408,6 +408,8 @@ class BenchOptions:
     # calls that are measured in each cell, each of a whole batch, and calls before them
     requests: int = 3
     warm_ups: int = 1
+    # how often everyone is measured, one round after another
+    rounds: int = 1
     new_tokens: int = 32
     # of the prompt's end: what is asked about the rest
     question_tokens: int = 16
@@ -558,6 +560,7 @@ def _compare_rules(compare: CompareConfig) -> Iterator[Rule]:
 
 def _bench_rules(bench: BenchOptions) -> Iterator[Rule]:
     yield _count("bench.requests", bench.requests)
+    yield _count("bench.rounds", bench.rounds)
     yield "bench.warm_ups", bench.warm_ups, bench.warm_ups >= 0, "allowed: 0 (none) or more"
     enough = bench.new_tokens > 1
     yield "bench.new_tokens", bench.new_tokens, enough, "allowed: 2 or more, to see what each costs"

@@ -15,10 +15,12 @@ are read and answered, bench.requests times, as closely as the peers beside do i
   ring-attention-pytorch  attention alone, on as many ranks as ours
 
 Each number of ranks, and each peer, runs in processes of its own, one after another; on a CPU each
-has all cores.  A block for each cell is printed when it is done, then tables, and as the last line
-of standard output everything as JSON.  --against compares with an earlier result and ends with
-status 1 if something of ours takes more than bench.tolerance longer: on a CPU as multiples of a
-peer's time in the same run, on the same kind of GPU in milliseconds.
+has all cores.  On a machine that others use too, bench.rounds=3 measures everyone three times, one
+round after another, so that what others do falls on all.  A block for each cell is printed when it
+is done, then tables, and as the last line of standard output everything as JSON.  --against
+compares with an earlier result and ends with status 1 if something of ours takes more than
+bench.tolerance longer: on a CPU as multiples of a peer's time in the same run, on the same kind of
+GPU in milliseconds.
 """
 
 from __future__ import annotations
@@ -180,14 +182,16 @@ def _say_plan(config: BenchConfig, plan: Plan) -> None:
         log.info(note)
     if config.output.path and picture_path(config.bench.picture, config.output.path) is None:
         log.info(f"no picture: {NO_MATPLOTLIB}")
-    log.info(f"{sum(1 for _ in plan.cells())} cells")
+    rounds = config.bench.rounds
+    often = f", {rounds} rounds of them" if rounds > 1 else ""
+    log.info(f"{sum(1 for _ in plan.cells())} cells{often}")
 
 
 def _bar(plan: Plan) -> tqdm:
-    work = sum(load.length * load.batch for _, _, load in plan.cells())
+    each = sum(load.length * load.batch for _, _, load in plan.cells())
     return tqdm(
         desc="bench",
-        total=float(work),
+        total=float(each * plan.config.bench.rounds),
         bar_format=BAR_FORM,
         disable=not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0,
         leave=False,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
+from typing import Any
 
 from ringstar.models.work import ModelWork
 from ringstar.timed import Timed
@@ -62,6 +63,10 @@ class AttentionTimes:
     length: int
     seconds: list[float] = field(default_factory=list)
     why_not: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.contender, self.world, self.length
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,41 @@ def measured(
         kernel=kernel,
         ids=calls[0].ids[0],
     )
+
+
+def all_rounds(cells: Iterable[Measured]) -> dict[Key, Measured]:
+    """Each cell with the calls of all rounds that it was measured in."""
+    return {key: _joined(each) for key, each in _by_key(cells).items()}
+
+
+def _joined(rounds: Sequence[Measured]) -> Measured:
+    done = [each for each in rounds if each.why_not is None]
+    if not done:
+        return rounds[0]
+    peaks = zip(*(each.peak_memory_bytes for each in done), strict=True)
+    return replace(
+        done[0],
+        duration_s=sum(each.duration_s for each in done),
+        cpu_s=sum(each.cpu_s for each in done),
+        ttft_s=[seconds for each in done for seconds in each.ttft_s],
+        token_s=[times for each in done for times in each.token_s],
+        peak_memory_bytes=[max(each) for each in peaks],
+    )
+
+
+def all_attention(lines: Iterable[AttentionTimes]) -> list[AttentionTimes]:
+    """Each one with the calls of all rounds."""
+    return [
+        replace(rounds[0], seconds=[seconds for each in rounds for seconds in each.seconds])
+        for rounds in _by_key(lines).values()
+    ]
+
+
+def _by_key(lines: Iterable[Any]) -> dict[Any, list[Any]]:
+    found: dict[Any, list[Any]] = {}
+    for line in lines:
+        found.setdefault(line.key, []).append(line)
+    return found
 
 
 def add_line(path: str, line: Line) -> None:

@@ -13,7 +13,8 @@ from ringstar.config import BenchConfig, RingConfig
 
 # what only the whole has, or what differs for each
 _NOT_HANDED_ON = {
-    *("bench.worlds", "bench.peers", "bench.against", "bench.picture", "bench.cells"),
+    *("bench.worlds", "bench.peers", "bench.rounds"),
+    *("bench.against", "bench.picture", "bench.cells"),
     *("launch.nproc", "transport.world_size", "output.path"),
 }
 
@@ -31,11 +32,18 @@ class Child:
 def children(plan: Plan, arguments: Sequence[str], cells: Path) -> Iterator[Child]:
     """Everyone who is measured, in the order of the tables, between two looks at the machine."""
     kept = [a for a in arguments if a.partition("=")[0] not in _NOT_HANDED_ON]
-    kept.append(f"bench.cells={cells}")
+    kept += [f"bench.cells={cells}", "bench.rounds=1"]
     alone = [a for a in kept if a.partition("=")[0] != "transport"]
     alone.append("bench.worlds=1")
     ceilings = Child("launch.bench.ceilings", [*alone, "bench.peers=none"], 1)
     yield ceilings
+    for _ in range(plan.config.bench.rounds):
+        yield from _round(plan, kept, alone)
+    yield ceilings  # again: the machine may have been busy
+
+
+def _round(plan: Plan, kept: Sequence[str], alone: Sequence[str]) -> Iterator[Child]:
+    """Everyone once; `alone` are the arguments of those that run in one process."""
     for world in plan.worlds:
         own = [*kept, f"bench.worlds={world}", "bench.peers=none"]
         if plan.config.transport.name == "threads":
@@ -47,7 +55,6 @@ def children(plan: Plan, arguments: Sequence[str], cells: Path) -> Iterator[Chil
         yield Child("launch.bench.attention_ranks", own, world, peer=True)
     for peer in plan.processes:
         yield Child("launch.bench.peer", [*alone, f"bench.peers={peer}"], 1, peer=True)
-    yield ceilings  # again: the machine may have been busy
 
 
 def check_world(config: BenchConfig, world: int) -> None:

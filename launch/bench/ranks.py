@@ -97,10 +97,11 @@ class RankBench:
     def run(self) -> None:
         alone = [load for load in self._plan.loads if load.batch == 1]
         together = [load for load in self._plan.loads if load.batch > 1]
-        if alone:
-            self._documents(alone)
-        if together:
-            self._batches(together)
+        for _ in range(self._config.bench.rounds):
+            if alone:
+                self._documents(alone)
+            if together:
+                self._batches(together)
 
     def _documents(self, loads: Sequence[Load]) -> None:
         """One prompt at a time, as `launch.generate` does it."""

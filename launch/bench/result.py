@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.bench.cells import AttentionTimes, Ceilings, Key, Line, Measured, highest
+from launch.bench.cells import (
+    AttentionTimes,
+    Ceilings,
+    Key,
+    Line,
+    Measured,
+    all_attention,
+    all_rounds,
+    highest,
+)
 from launch.bench.peers import PEERS
 from launch.bench.plan import Plan, own_device, request_of
 from launch.circumstances import circumstances
@@ -26,7 +35,7 @@ _PACKAGES = (
 )
 NOT_DONE = "its process ended before"
 # options that say what was measured
-_TOLD = ("requests", "warm_ups", "new_tokens", "question_tokens", "seed")
+_TOLD = ("requests", "warm_ups", "rounds", "new_tokens", "question_tokens", "seed")
 RING = "ours: Ring Attention, exact, one rank or several"
 STAR = "ours: Star Attention, approximate"
 TIMES = ("ttft", "tpot", "itl")
@@ -61,7 +70,8 @@ def _contenders(files: ModelFiles, plan: Plan, device: torch.device) -> Iterator
 
 
 def _cells(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
-    cells = {line.key: line for line in lines if isinstance(line, Measured)}
+    cells = all_rounds(line for line in lines if isinstance(line, Measured))
+    attention = all_attention(line for line in lines if isinstance(line, AttentionTimes))
     known = {key: cell.ids for key, cell in cells.items() if cell.why_not is None}
     ceilings = highest([line for line in lines if isinstance(line, Ceilings)])
     rows = [
@@ -72,7 +82,7 @@ def _cells(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
     return {
         "ceilings": None if ceilings is None else asdict(ceilings),
         "cells": rows,
-        "attention": [_attention(line) for line in lines if isinstance(line, AttentionTimes)],
+        "attention": [_attention(line) for line in attention],
     }
 
 

@@ -158,6 +158,7 @@ BENCH_OPTIONS = sorted(
         "bench.picture",
         "bench.question_tokens",
         "bench.requests",
+        "bench.rounds",
         "bench.seed",
         "bench.strategy",
         "bench.tolerance",

@@ -5,6 +5,7 @@ launch.bench: the grid, what is made of times, comparisons, and whole runs.
 
 import json
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from launch.bench.cells import (
     Load,
     Measured,
     add_line,
+    all_attention,
+    all_rounds,
     highest,
     measured,
 )
@@ -234,6 +237,22 @@ def test_lines_are_read_while_they_are_written(tmp_path):
     assert reader.lines == seen == [first, second, third]
 
 
+def test_rounds_are_one_cell_with_the_calls_of_all():
+    first = measured(("ring", 2), Load(100, 2), CALLS, 3.5, [10, 20], "gloo", "torch")
+    second = replace(first, peak_memory_bytes=[30, 5], ids=[9, 9], cpu_s=1.0)
+    failed = Measured(*first.key, why_not="no room")
+    joined = all_rounds([first, failed, Measured("other", 1, 100, 2, "never"), second])
+    assert joined.keys() == {first.key, ("other", 1, 100, 2)}
+    both = joined[first.key]
+    assert both.ttft_s == 2 * first.ttft_s and both.token_s == 2 * first.token_s
+    assert (both.cpu_s, both.duration_s) == (4.5, 2 * first.duration_s)
+    assert (both.peak_memory_bytes, both.ids, both.why_not) == ([30, 20], first.ids, None)
+    assert joined["other", 1, 100, 2].why_not == "never"
+    alone = [AttentionTimes("ringattn", 2, 100, [0.1]), AttentionTimes("ringattn", 2, 40, [0.2])]
+    again = AttentionTimes("ringattn", 2, 100, [0.3])
+    assert [each.seconds for each in all_attention([*alone, again])] == [[0.1, 0.3], [0.2]]
+
+
 # -- comparisons -------------------------------------------------------------------------------
 
 
@@ -374,17 +393,21 @@ def test_what_became_slower_ends_with_1(bench, bare, tmp_path, in_this_process, 
 @pytest.mark.slow
 def test_simulated_ranks(bare, in_this_process, capsys):
     given = [f"model.path={bare}", *SMALL, "transport=threads", "bench.worlds=3"]
-    assert main([*given, "bench.peers=none"]) == 0
-    cells = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
-    assert {(cell["world"], cell["why_not"]) for cell in cells} == {(3, None)}
+    assert main([*given, "bench.peers=none", "bench.rounds=2"]) == 0
+    out, err = capsys.readouterr()
+    cells = json.loads(out.splitlines()[-1])["cells"]
+    assert {(cell["world"], cell["completed"]) for cell in cells} == {(3, 2 * 2)}
+    assert out.count("Successful requests:") == 2 * len(cells)
+    assert f"{len(cells)} cells, 2 rounds of them" in err
 
 
 @pytest.mark.slow
 def test_ranks_of_torchrun(bare):
-    done = python(*TORCHRUN, "2", "-m", "launch.bench", f"model.path={bare}", *SMALL)
+    given = [f"model.path={bare}", *SMALL, "bench.rounds=2"]
+    done = python(*TORCHRUN, "2", "-m", "launch.bench", *given)
     assert done.returncode == 0, done.stderr
     cells = json.loads(done.stdout.splitlines()[-1])["cells"]
-    assert {(cell["world"], cell["why_not"]) for cell in cells} == {(2, None)}
+    assert {(cell["world"], cell["completed"]) for cell in cells} == {(2, 2 * 2)}
     assert done.stderr.count("hf-sdpa is not measured: has processes of its own") == 1
 
 
