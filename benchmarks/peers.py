@@ -1,6 +1,6 @@
 """What an answer costs with SmolLM2 on this machine, beside what else could be used.
 
-    python -m benchmarks.peers            # about 25 minutes on two cores; leave them alone
+    python -m benchmarks.peers            # about 40 minutes on two cores; leave them alone
     python -m benchmarks.peers report     # the page again, from what was measured
 
 It runs `launch.bench` twice, one prompt at a time and four together, and writes
@@ -27,6 +27,8 @@ GRIDS = {
     "peers-batch": ("bench.lengths=1K", "bench.batches=4"),
 }
 ALWAYS = ("model=smollm2", "bench.worlds=1,2", "bench.peers=all")
+# what others do on the machine falls on everyone
+ROUNDS = ("bench.rounds=3", "bench.requests=1")
 QUANTITIES = {"ttft": "TTFT", "tpot": "TPOT"}
 _LEANER = (
     "one process has nothing to exchange, and its step is leaner than ours even on one rank,"
@@ -45,7 +47,9 @@ def main(arguments: list[str]) -> int:
     """Measure, unless only the report is asked for; returns the exit status."""
     date = circumstances("")["date"]
     for name, grid in GRIDS.items() if arguments != ["report"] else ():
-        status = bench([*ALWAYS, *grid, f"output.path={relpath(RESULTS)}/{date}-cpu-{name}.json"])
+        status = bench(
+            [*ALWAYS, *ROUNDS, *grid, f"output.path={relpath(RESULTS)}/{date}-cpu-{name}.json"]
+        )
         if status:
             return status
     newest = sorted(RESULTS.glob("*-cpu-peers.json"))[-1].name.removesuffix("-peers.json")
@@ -64,7 +68,8 @@ def document(stem: str) -> str:
         f"# What an answer costs, and elsewhere, {where['date']}",
         f"`python -m benchmarks.peers` at {where['commit']} on {where['hardware']}; {versions}."
         f" {results['peers']['model']}, {results['peers']['dtype']}; everyone has all cores while"
-        " it is measured. Medians, as multiples of `hf-sdpa`'s in the same run; lower is better."
+        f" it is measured. Medians of {results['peers']['rounds']} rounds, as multiples of"
+        " `hf-sdpa`'s in the same run; lower is better."
         " Same tokens: of the answer, before the first that differs from `hf-sdpa`'s. How it is"
         " measured: [docs/bench.md](../../docs/bench.md).",
     ]
