@@ -10,8 +10,9 @@ from launch.interrupts import quiet_interrupts
 if __name__ == "__main__":  # the imports below take seconds
     quiet_interrupts()
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,41 +98,43 @@ class RankBench:
     def run(self) -> None:
         alone = [load for load in self._plan.loads if load.batch == 1]
         together = [load for load in self._plan.loads if load.batch > 1]
-        for _ in range(self._config.bench.rounds):
-            if alone:
-                self._documents(alone)
-            if together:
-                self._batches(together)
+        if alone:
+            self._documents(alone)
+        if together:
+            self._batches(together)
 
     def _documents(self, loads: Sequence[Load]) -> None:
         """One prompt at a time, as `launch.generate` does it."""
         runtime = LongContext(self._config, self._files, self._ranks, self._why)
-        for contender in self._plan.here(self._world):
-            for load in loads:
-                asked = self._config.bench.question_tokens
-                strategy = contender.strategy(load.length - asked)
-                self._measure(contender, load, Encoded(runtime, strategy, asked))
+        asked = self._config.bench.question_tokens
+        for contender, load in self._rounds(loads):
+            strategy = contender.strategy(load.length - asked)
+            self._measure(contender, load, Encoded(runtime, strategy, asked))
 
     def _batches(self, loads: Sequence[Load]) -> None:
         """Several prompts together, by Hugging Face's own `generate` on an attached model."""
         config = self._config
         dtype, _ = choose_dtype(config.model, self._files.config, self._device)
         model = plain_model(self._files, dtype, self._device, "sdpa")
-        for contender in self._plan.here(self._world):
-            for load in loads:
-                strategy = contender.strategy(load.length - config.bench.question_tokens)
-                attach(
-                    model,
-                    strategy,
-                    self._ranks,
-                    kernel=config.kernel.name,
-                    rope_precision=config.rope.precision,
-                    chunk_tokens=config.encode.chunk_tokens,
-                    query_tokens=config.bench.question_tokens,
-                    cache=replace(config.cache, offload="none"),
-                )
-                self._measure(contender, load, PlainGenerate(model))
-                detach(model)
+        for contender, load in self._rounds(loads):
+            strategy = contender.strategy(load.length - config.bench.question_tokens)
+            attach(
+                model,
+                strategy,
+                self._ranks,
+                kernel=config.kernel.name,
+                rope_precision=config.rope.precision,
+                chunk_tokens=config.encode.chunk_tokens,
+                query_tokens=config.bench.question_tokens,
+                cache=replace(config.cache, offload="none"),
+            )
+            self._measure(contender, load, PlainGenerate(model))
+            detach(model)
+
+    def _rounds(self, loads: Sequence[Load]) -> Iterator[tuple[Contender, Load]]:
+        """Every strategy with every load, round after round."""
+        for _ in range(self._config.bench.rounds):
+            yield from itertools.product(self._plan.here(self._world), loads)
 
     def _measure(self, contender: Contender, load: Load, who: Generates) -> None:
         calls, cpu_s, peak = timed_calls(
