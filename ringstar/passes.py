@@ -53,7 +53,7 @@ class ExtendPass:
         held = [cache.of(window) for cache in self.caches]
         self._keep(layer, new, held)
         if len(held) == 1 and held[0].tokens - held[0].at == own:
-            # the cache's copy lies as kernels and transfers like it
+            # the cache's copy lies as kernels like it
             new = held[0].view(layer, held[0].at, held[0].tokens)
         whole = self.extension.attend(
             layer,

@@ -1,4 +1,4 @@
-"""A safetensors file, without a second copy of what goes into it."""
+"""A safetensors file, without a second copy of more than one tensor of what goes into it."""
 
 from __future__ import annotations
 

@@ -72,10 +72,13 @@ class Storage:
 
     def _room(self, like: Tensor, tokens: int) -> Tensor:
         """In shape (1, T, K, ...); on a CPU in memory (1, K, T, ...)."""
-        heads, *rest = like.shape[2:]
-        shape = (1, heads, tokens, *rest) if self._heads_first else (1, tokens, heads, *rest)
-        room = torch.empty(shape, dtype=like.dtype, device=self.device)
-        return room.transpose(1, 2) if self._heads_first else room
+        order = [0, 2, 1, 3] if self._heads_first else [0, 1, 2, 3]
+        return torch.empty_permuted(
+            (1, tokens, *like.shape[2:]),
+            order[: like.ndim],
+            dtype=like.dtype,
+            device=self.device,
+        )
 
     @property
     def _heads_first(self) -> bool:
