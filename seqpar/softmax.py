@@ -14,7 +14,7 @@ from torch import Tensor
 
 import localflash
 from localflash import KV, Band, Partial, empty_partial, merge_many
-from seqpar.local import Attend, accumulate_tiles, attend_all, rows_of
+from seqpar.local import Attend, accumulate_tiles, attend_all
 from seqpar.schedule import Tile
 from seqpar.transport import Transport
 
@@ -26,20 +26,34 @@ class Held(NamedTuple):
     kv: KV
     tiles: Sequence[Tile]
 
+    @property
+    def is_seen_whole(self) -> bool:
+        """Whether every one of these query tokens sees all that is held."""
+        tokens = self.rows.stop - self.rows.start
+        everything = Tile(slice(0, tokens), slice(0, self.kv.tokens), None)
+        return len(self.tiles) == 1 and self.tiles[0] == everything
+
 
 def attend_sharded(
     q_BTHD: Tensor, texts: Sequence[Held], *, transport: Transport, attend: Attend
 ) -> Partial:
-    """Replicated queries against this rank's keys, text by text, then merged over all ranks."""
-    kv, tiles = texts[0].kv, texts[0].tiles
-    all_of_it = (Tile(slice(0, q_BTHD.shape[1]), slice(0, kv.tokens), None),)
-    if len(texts) == 1 and tuple(tiles) == all_of_it:
-        own = attend_all(q_BTHD, kv, attend)  # decoding
-    else:
-        own = empty_partial(q_BTHD)
-        for rows, kv, tiles in texts:
-            accumulate_tiles(q_BTHD[:, rows], kv, tiles, rows_of(own, rows), attend)
-    return merge_across_ranks(*own, transport)
+    """Replicated queries against this rank's keys, text by text, then merged over all ranks.
+
+    The texts' rows follow one another, and are all of q's.
+    """
+    parts = [_attend_held(q_BTHD[:, text.rows], text, attend) for text in texts]
+    if len(parts) == 1:
+        return merge_across_ranks(*parts[0], transport)
+    outs_BTHD, lses_BHT = zip(*parts, strict=True)
+    return merge_across_ranks(torch.cat(outs_BTHD, 1), torch.cat(lses_BHT, 2), transport)
+
+
+def _attend_held(q_BTHD: Tensor, text: Held, attend: Attend) -> Partial:
+    if text.is_seen_whole:  # decoding: nothing to merge with
+        return attend_all(q_BTHD, text.kv, attend)
+    own = empty_partial(q_BTHD)
+    accumulate_tiles(q_BTHD, text.kv, text.tiles, own, attend)
+    return own
 
 
 def merge_across_ranks(out_BTHD: Tensor, lse_BHT: Tensor, transport: Transport) -> Partial:

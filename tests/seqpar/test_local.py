@@ -95,15 +95,22 @@ def _wide(values_BTHD, scale_BTH):
     return values_BTHD.float() * scale_BTH[..., None].float()
 
 
+def noting(calls):
+    """`attend`, which adds to `calls` what each call merges into."""
+
+    def call(q, k, v, band, *, into=None):
+        calls.append(into)
+        return attend(q, k, v, band, into=into)
+
+    return call
+
+
 def decoded(transport, q, wholes, calls):
     """One query against what each rank holds; `calls` gets what each call merges into."""
     kv = wholes[transport.rank]
     held = Held(slice(0, 1), kv, (Tile(slice(0, 1), slice(0, kv.tokens), None),))
 
-    def call(q, k, v, band, *, into=None):
-        calls[transport.rank].append(into)
-        return attend(q, k, v, band, into=into)
-
+    call = noting(calls[transport.rank])
     return attend_sharded(q, [held], transport=transport, attend=call)[0]
 
 
@@ -120,6 +127,24 @@ def test_decoding_over_pieces_merges_into_the_first(world):
         for given_into in calls:
             assert len(given_into) == several
             assert given_into[0] is None and None not in given_into[1:]
+
+
+def test_each_text_meets_its_own_keys_and_decoding_merges_nothing():
+    q, k, v = tensors(4, 9, torch.float32)
+    kv, calls = DenseKV(k, v), []
+    one, other = kv.slice(0, 5), kv.slice(5, 9)
+    texts = [
+        Held(slice(0, 1), one, tiles((Run(4, 5),), (Run(0, 5),))),  # a token more
+        Held(slice(1, 4), other, tiles((Run(1, 4),), (Run(0, 4),))),  # a few, causal
+    ]
+    attended = partial(attend_sharded, q, texts, attend=noting(calls))
+    out, lse = in_threads(1, lambda transport: attended(transport=transport))[0]
+    bands = (None, Band(1, 1, 0, 1))
+    for text, band in zip(texts, bands, strict=True):
+        want = attend_reference(q[:, text.rows], *text.kv.tensors, band)
+        assert relative_error(out[:, text.rows], want[0]) < 1e-6
+        torch.testing.assert_close(lse[:, :, text.rows], want[1])
+    assert calls[0] is None and None not in calls[1:]
 
 
 def test_no_tokens_are_no_calls():
