@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from benchmarks.growth_plan import (
     BLOCK,
@@ -38,6 +38,7 @@ from localflash import attend, empty_partial
 from ringattn import ring_attention
 from ringstar import LongContext
 from ringstar.config import Config, ModelConfig, RingConfig, StarConfig
+from ringstar.models.modeling import auto_model
 from seqpar import Layout, Tile, Transport, token_count
 from seqpar.process import ProcessWorld
 from seqpar.spawn import run_processes
@@ -235,4 +236,4 @@ def save_model(folder: str) -> None:
         pad_token_id=None,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto_model().from_config(config).save_pretrained(folder)

@@ -96,6 +96,22 @@ def test_nothing_reads_the_environment_for_configuration():
                 assert set(named) <= allowed, f"{path}: {named}"
 
 
+def command_texts():
+    """The text of each command, by its path in launch/."""
+    folder = ROOT / "launch"
+    texts = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.py")}
+    return {name: text for name, text in texts.items() if "\n    run_program(" in text}
+
+
+def test_no_command_waits_for_what_only_models_need():
+    """--help, a wrong option and the launcher of ranks: modelling code takes seconds to import."""
+    modules = [f"launch.{name.removesuffix('.py').replace('/', '.')}" for name in command_texts()]
+    check = (
+        f"import sys, {', '.join(modules)}; assert 'transformers.modeling_utils' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
 def test_every_command_is_quiet_before_its_other_imports():
     """Ctrl-C during them, which take seconds, has no traceback."""
     head = [
@@ -103,13 +119,11 @@ def test_every_command_is_quiet_before_its_other_imports():
         "from launch.interrupts import quiet_interrupts",
         "if __name__ == '__main__':\n    quiet_interrupts()",
     ]
-    folder = ROOT / "launch"
-    texts = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.py")}
-    commands = {name for name, text in texts.items() if "\n    run_program(" in text}
+    texts = command_texts()
     named = ("generate", "ask", "compare", "score", "evaluate", "harness", "demo", "bench/peer")
-    assert {*(f"{name}.py" for name in named), "bench/__main__.py"} <= commands
-    for name in commands:
-        _, *statements = ast.parse(texts[name]).body  # the first is the docstring
+    assert {*(f"{name}.py" for name in named), "bench/__main__.py"} <= set(texts)
+    for name, text in texts.items():
+        _, *statements = ast.parse(text).body  # the first is the docstring
         assert [ast.unparse(each) for each in statements[:3]] == head, name
     assert tops(ROOT / "launch/interrupts.py") == {"__future__", "os", "signal"}
     assert not tops(ROOT / "launch/__init__.py")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 import localflash
 from benchmarks.gpu.encode import backends, thousands
@@ -24,8 +24,8 @@ from benchmarks.gpu.timing import Bench, Row, Section, relative_error
 from ringattn import RingStrategy
 from ringstar.engine import RankEngine
 from ringstar.models import quiet_transformers, run_once
-from ringstar.models.attention import NAME
 from ringstar.models.bind import bind
+from ringstar.models.modeling import auto_model
 from ringstar.paging import PagePool, Storage
 from ringstar.shard import TextShard
 from seqpar import ThreadWorld, Transport
@@ -81,9 +81,7 @@ class Llama:
             eos_token_id=None,
         )
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
-            )
+            model = auto_model().from_config(config, dtype=dtype, attn_implementation="sdpa")
         return model.eval()
 
 
@@ -165,7 +163,6 @@ def _ours(
     kernels: Sequence[str] | None,
     short: Tensor | None,
 ) -> None:
-    model.set_attn_implementation(NAME)
     bound = bind(model, ff_slice_tokens=FF_SLICE_TOKENS)
     device = torch.device(bench.device)
     dim = bound.config.hidden_size // bound.config.num_attention_heads

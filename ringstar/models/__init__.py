@@ -1,6 +1,5 @@
 """The only part that knows transformers: loading, refusing, and hooking models from outside."""
 
-import ringstar.models.quiet  # noqa: F401 - before whatever imports transformers
 from ringstar.models.attention import ForwardContext, PositionEmbeddings
 from ringstar.models.bind import BoundModel
 from ringstar.models.facts import ModelFacts, attention_heads

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import AttentionInterface
+
+from ringstar.models.modeling import import_quietly
 
 NAME = "ringstar"
 
@@ -88,4 +89,7 @@ def ringstar_attention(
     return out, None
 
 
-AttentionInterface.register(NAME, ringstar_attention)
+def register_attention() -> None:
+    """Let models be made with `attn_implementation=NAME`, or be given it."""
+    modeling = import_quietly("transformers.modeling_utils")
+    modeling.AttentionInterface.register(NAME, ringstar_attention)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from ringstar.models.attention import NAME, ForwardContext
+from ringstar.models.attention import NAME, ForwardContext, register_attention
 from ringstar.models.facts import attention_heads
 from ringstar.models.rotary import Rotary
 
@@ -94,6 +94,7 @@ def bind(model: Any, *, ff_slice_tokens: int, rope_precision: str = "float32") -
     with ExitStack() as undo:  # whatever goes wrong, a user's model is what it was
         before = model.config._attn_implementation
         if before != NAME:
+            register_attention()
             undo.callback(model.set_attn_implementation, before)
             model.set_attn_implementation(NAME)
         undo.callback(setattr, decoder, "rotary_emb", decoder.rotary_emb)

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from ringstar.config import ModelConfig, RopeConfig
 from ringstar.errors import UserError, in_a_line
-from ringstar.models.attention import NAME
+from ringstar.models.attention import NAME, register_attention
 from ringstar.models.bind import BoundModel, bind
 from ringstar.models.extend import extend
 from ringstar.models.facts import ModelFacts
 from ringstar.models.families import check_family
 from ringstar.models.geometry import run_once
+from ringstar.models.modeling import auto_model
 from ringstar.models.quantised import check_quantised, quantised
 from ringstar.models.smollm2 import smollm2_folder
 from ringstar.prompt import PromptFormat, continuing_ids, opening_ids, prompt_format
@@ -126,6 +127,7 @@ class ModelFiles(ModelFacts):
         rope_precision: str = "float32",
     ) -> BoundModel:
         """Read the weights; a missing, damaged or ill-shaped one is an error, never random."""
+        register_attention()
         try:
             model, report = load_weights(
                 self,
@@ -197,9 +199,7 @@ def load_weights(files: ModelFiles, device: torch.device, **arguments: Any) -> A
     if files.quantised:
         arguments["device_map"] = {"": device}
     with _LOADING:
-        return AutoModelForCausalLM.from_pretrained(
-            files.folder, local_files_only=True, **arguments
-        )
+        return auto_model().from_pretrained(files.folder, local_files_only=True, **arguments)
 
 
 def _is_derived(key: str) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation import BaseStreamer, ContinuousBatchingConfig
 
 from ringstar.models.load import ModelFiles
+from ringstar.models.modeling import auto_model
 from ringstar.models.one_device import plain_model
 from ringstar.timed import Timed
 
@@ -113,7 +114,7 @@ class BatchGenerate:
 
 def has_attention(files: ModelFiles, attention: str) -> bool:
     """Whether transformers has this form (`eager` or `sdpa`) for the model."""
-    model: Any = AutoModelForCausalLM._model_mapping[type(files.config)]
+    model: Any = auto_model()._model_mapping[type(files.config)]
     return attention == "eager" or model._supports_sdpa
 
 

@@ -10,9 +10,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from transformers.quantizers.auto import AutoHfQuantizer
-
 from ringstar.errors import UserError, in_a_line
+from ringstar.models.modeling import import_quietly
 
 
 def check_quantised(path: str, config: Any, key: str = "model.path") -> None:
@@ -62,7 +61,8 @@ def _settings(stored: Any) -> Any:
 
     Raises whatever that quantiser raises.
     """
-    quantiser = AutoHfQuantizer.from_config(copy.deepcopy(stored), pre_quantized=True)
+    quantisers = import_quietly("transformers.quantizers.auto")
+    quantiser = quantisers.AutoHfQuantizer.from_config(copy.deepcopy(stored), pre_quantized=True)
     quantiser.validate_environment(device_map=None, weights_only=True)
     return quantiser.quantization_config
 

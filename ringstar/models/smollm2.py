@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer, GgufConfig
 
 from ringstar.errors import UserError
+from ringstar.models.modeling import auto_model
 
 FOLDER = "SmolLM2-135M-Instruct"
 _SUMS = "SHA256.json"
@@ -71,7 +72,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _save(gguf: Path, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_model().from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
