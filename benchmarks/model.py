@@ -16,7 +16,7 @@ from seqpar import Transport
 from seqpar.process import ProcessWorld
 from seqpar.spawn import run_processes
 
-PRELOAD = ("torch", "seqpar", "ringstar", "transformers.models.llama")
+PRELOAD = ("torch", "seqpar", "ringstar", "transformers.models.llama.modeling_llama")
 
 
 def some_ids(tokens: int) -> list[int]:
