@@ -37,7 +37,7 @@ from benchmarks.model import PRELOAD
 from localflash import attend, empty_partial
 from ringattn import ring_attention
 from ringstar import LongContext
-from ringstar.config import Config, ModelConfig, RingConfig, StarConfig
+from ringstar.config import CacheConfig, Config, ModelConfig, RingConfig, StarConfig
 from ringstar.models.modeling import auto_model
 from seqpar import Layout, Tile, Transport, token_count
 from seqpar.process import ProcessWorld
@@ -159,7 +159,8 @@ def make_work(transport: Transport, job: Job, folder: str) -> RankWork:
     """A job on this rank."""
     if job.work == "model":
         model = ModelConfig(path=folder, dtype="float32", ff_slice_tokens=FF_SLICE_TOKENS)
-        runtime = LongContext.from_config(Config(model=model), ProcessWorld(transport))
+        config = Config(model=model, cache=CacheConfig(reuse=False))
+        runtime = LongContext.from_config(config, ProcessWorld(transport))
         return _model_work(runtime, job)
     return _attention_work(transport, job)
 

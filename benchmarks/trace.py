@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.measure import over_ranks
 from benchmarks.model import PRELOAD, some_ids
 from ringstar import LongContext
-from ringstar.config import Config, ModelConfig, ProfileConfig
+from ringstar.config import CacheConfig, Config, ModelConfig, ProfileConfig
 from seqpar import Transport
 from seqpar.process import ProcessWorld
 from seqpar.spawn import run_processes
@@ -47,7 +47,11 @@ def measured(transport: Transport, folder: str, path: str) -> dict[str, dict[str
     """CPU and wall seconds on one rank, by what was done and how."""
     runtimes = {
         name: LongContext.from_config(
-            Config(model=ModelConfig(path=folder, dtype="float32"), profile=ProfileConfig(given)),
+            Config(
+                model=ModelConfig(path=folder, dtype="float32"),
+                cache=CacheConfig(reuse=False),
+                profile=ProfileConfig(given),
+            ),
             ProcessWorld(transport),
         )
         for name, given in ((PLAIN, None), (TRACED, path))

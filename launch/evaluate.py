@@ -49,7 +49,7 @@ from launch.outputs import check_file, check_writable, write_file, write_result
 from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
 from launch.progress import work_bar
 from launch.start import RankCommand, run_program
-from launch.streams import print_piece
+from launch.streams import choices_unsaid, print_piece
 from launch.weights import usable_model
 from ringstar.config import EvaluationConfig
 from ringstar.evaluation import BY_DEPTH
@@ -91,17 +91,18 @@ def run_rank(config: EvaluationConfig, phases: Any) -> None:
     samples = SampleLog(config, before) if first else None
     if first:
         _say_plan(config, plan, jobs)
+    close = [transport.close for transport in ranks.transports]
     if jobs:
         exact = replace(config, strategy=plan.contenders[0].exact)
         runtime = LongContext(exact, files, ranks, why)
-        log.setLevel(logging.WARNING)  # blocks of each sample's own size are nothing to say
-        with work_bar("evaluate", work_of(jobs), shown=first) as bar:
+        close = [runtime.close]  # which writes its trace
+        with choices_unsaid(), work_bar("evaluate", work_of(jobs), shown=first) as bar:
             add = samples.add if samples else lambda line: None
             Measurement(runtime, plan, bar, add).run(jobs)
     if samples:
         _report(config, files, plan, samples.lines)
-    for transport in ranks.transports:
-        transport.close()
+    for each in close:
+        each()
 
 
 def _done(ranks: Ranks, before: Sequence[Scored]) -> set[tuple]:

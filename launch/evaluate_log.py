@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ringstar.errors import UserError
 # what a sample and its answer are called by
 Key = tuple[str, int, float | None, int, str]
 # sections and options of the config that samples and scores depend on
-_DECISIVE = ("model", "rope", "evaluate.seed")
+_DECISIVE = ("model", "rope", "cache.dtype", "evaluate.seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Scored:
     kernel: str
     dtype: str
     device: str
+    text_sha256: str | None = None
 
     @property
     def key(self) -> Key:
@@ -84,12 +85,16 @@ def _scored(path: str, number: int, text: str) -> Scored:
         raise UserError("output.path", where, why) from error
 
 
-def _check_samples(config: EvaluationConfig, plan: Plan, lines: Iterable[Scored]) -> None:
-    """The first sample of each cell tells whether texts, words and tokenizer are the same."""
+def _check_samples(config: EvaluationConfig, plan: Plan, lines: Sequence[Scored]) -> None:
+    """The first sample of each cell tells whether words and tokenizer are the same, too."""
     digests = {line.key[:4]: line.digest for line in lines}
+    texts: dict[tuple[str, int, float | None], set[str | None]] = {}
+    for line in lines:
+        texts.setdefault(line.key[:3], set()).add(line.text_sha256)
     for cell in plan.cells:
-        digest = digests.get((cell.task.name, cell.length, cell.depth, 0))
-        if digest not in (None, plan.sample(cell, 0).prompt.digest):
+        key, first = (cell.task.name, cell.length, cell.depth), plan.sample(cell, 0)
+        same_text = texts.get(key, set()) <= {first.text_sha256}
+        if not same_text or digests.get((*key, 0)) not in (None, first.prompt.digest):
             why = (
                 f"{samples_path(config.output.path or '').name} has other samples of"
                 f" {cell.task.name}: made from other texts, words or tokens;"

@@ -114,4 +114,5 @@ class Measurement:
             kv_bytes=max(document.metrics.kv_bytes),
             bytes_sent=max(document.metrics.bytes_sent),
             **runtime_fields(self._runtime),
+            text_sha256=sample.text_sha256,
         )

@@ -21,6 +21,7 @@ from launch.interrupts import quiet_interrupts
 if __name__ == "__main__":  # the imports below take seconds
     quiet_interrupts()
 
+import json
 import os
 import sys
 from argparse import Namespace
@@ -35,6 +36,7 @@ from launch.help import help_text
 from launch.options import HARNESS
 from launch.start import RankCommand, run_program
 from launch.weights import usable_model
+from ringstar.checks import check_any_length
 from ringstar.config import HarnessConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
@@ -42,6 +44,7 @@ from ringstar.ranks import make_ranks, under_torchrun
 from ringstar.runtime import LongContext
 
 NO_LM_EVAL = "is not installed: pip install 'ringstar[lm-eval]'"
+_NOT_FOUND = "Tasks not found"  # as lm-eval begins to say it
 _REPORT = "launch.report="  # which the launcher appends
 
 
@@ -70,6 +73,7 @@ def check_request(theirs: Sequence[str], config: HarnessConfig) -> tuple[ModelFi
     """All that can be found wrong before ranks start and weights load."""
     if find_spec("lm_eval") is None:
         raise UserError("lm-eval", None, NO_LM_EVAL)
+    check_any_length(config.strategy)
     files = usable_model(config)
     if files.tokenizer is None:
         raise UserError("model.path", files.folder, "has no tokenizer, and tasks are text")
@@ -89,7 +93,8 @@ def parsed(theirs: Sequence[str], files: ModelFiles) -> Namespace:
     if not theirs:
         raise UserError("--tasks", None, "is missing: what shall lm-eval run?")
     # tasks that make their texts to measure look for the tokenizer here
-    whole = ["lm_eval", "run", "--model", "ringstar", "--model_args", f"pretrained={files.folder}"]
+    model_args = json.dumps({"pretrained": str(files.folder)})  # a path may hold a comma
+    whole = ["lm_eval", "run", "--model", "ringstar", "--model_args", model_args]
     before = sys.argv
     sys.argv = [*whole, *theirs]
     try:
@@ -106,9 +111,25 @@ def run_rank(theirs: Sequence[str], config: HarnessConfig, phases: Any) -> None:
     runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     chosen = {key: value for key, value in vars(config.harness).items() if value is not None}
     arguments.model = RingstarLM(runtime=runtime, **chosen)
-    with _alone(arguments, speaks=runtime.rank == 0):
+    with _alone(arguments, speaks=runtime.rank == 0), _named_tasks():
         arguments.func(arguments)
     runtime.close()
+
+
+@contextmanager
+def _named_tasks() -> Iterator[None]:
+    """A task that lm-eval does not have is its user's mistake.
+
+    It is found late, for to look through all of them takes lm-eval ten seconds, once a process.
+    """
+    try:
+        yield
+    except ValueError as error:
+        says, _, names = str(error).partition(": ")
+        if says != _NOT_FOUND:
+            raise
+        why = "lm-eval has no such task; allowed: those of `lm_eval ls tasks`, or of --include_path"
+        raise UserError("--tasks", names, why) from error
 
 
 @contextmanager

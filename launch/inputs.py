@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ringstar.store import saved_ids
 
 STDIN = "-"
 C = TypeVar("C", bound=Config)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,33 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
         yield kept, copies
 
 
+def each_line(key: str, path: str, form: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """What `read` makes of each line of a file of JSON objects; a UserError names the line."""
+    # not `splitlines`: texts may hold other characters that end lines
+    for number, text in enumerate(read_text(key, path).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            made = read(_object(text, form))
+        except UserError as error:
+            raise UserError(key, f"{path}:{number}", str(error)) from error
+        yield made
+
+
+def _object(text: str, form: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        why = "holds half a letter: one of \\ud800 to \\udfff without its other half"
+        raise UserError("line", None, why) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError("line", None, f"is not JSON ({error}); needed: {form}") from error
+    if not isinstance(found, dict):
+        raise UserError("line", None, f"needed: {form}")
+    return found
+
+
 def read_document(document: DocumentConfig) -> tuple[str | list[int], list[int] | None]:
     """The document, as text or as ids; and the question's ids, if a file holds both."""
     given = {
@@ -152,9 +180,14 @@ def given_text(key: str, value: str) -> str:
     """Text that was given on the command line; raises UserError."""
     if not value.strip():
         raise UserError(key, value, "is empty")
+    check_letters(key, value)
+    return value
+
+
+def check_letters(key: str, value: str) -> None:
+    """Raise UserError for text of the command line that was not UTF-8."""
     if any("\ud800" <= letter <= "\udfff" for letter in value):  # undecodable bytes become these
         raise UserError(key, None, "is not UTF-8 text")
-    return value
 
 
 def _ids_file(key: str, path: str) -> tuple[list[int], list[int] | None]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.inputs import is_ids, read_text
+from launch.inputs import each_line, is_ids, read_text
 from launch.progress import encode_bar
 from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig
@@ -42,30 +41,24 @@ class Entry:
 
 def read_entries(config: AskConfig, files: ModelFiles) -> dict[str, Entry]:
     """Every line of `questions.documents_path`, checked; UserError names the line."""
-    path = config.questions.documents_path or ""
+    key, path = "questions.documents_path", config.questions.documents_path or ""
     world = config.launch.nproc or world_size_of(config.transport)
     entries: dict[str, Entry] = {}
-    for number, text in enumerate(read_text("questions.documents_path", path).splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            name, entry = _entry(text, files)
-            if name in entries:
-                raise UserError("document", name, "is the name of two documents")
-            check_fits(config, files, world, len(entry.ids))
-        except UserError as error:
-            key, value = "questions.documents_path", f"{path}:{number}"
-            raise UserError(key, value, str(error)) from error
+
+    def read(line: dict[str, Any]) -> tuple[str, Entry]:
+        name, entry = _entry(line, files)
+        if name in entries:
+            raise UserError("document", name, "is the name of two documents")
+        check_fits(config, files, world, len(entry.ids))
+        return name, entry
+
+    for name, entry in each_line(key, path, _FORM, read):
         entries[name] = entry
     return entries
 
 
-def _entry(text: str, files: ModelFiles) -> tuple[str, Entry]:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError("line", None, f"is not JSON ({error}); needed: {_FORM}") from error
-    given = [kind for kind in _KINDS if isinstance(line, dict) and kind in line]
+def _entry(line: dict[str, Any], files: ModelFiles) -> tuple[str, Entry]:
+    given = [kind for kind in _KINDS if kind in line]
     if len(given) != 1 or not isinstance(line.get("document"), str):
         raise UserError("line", None, f"needed: {_FORM}")
     ids = _ids(given[0], line[given[0]], files)

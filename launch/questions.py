@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import sys
 import threading
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.inputs import is_ids, read_text
+from launch.inputs import each_line, is_ids
 from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig
 from ringstar.errors import UserError
@@ -53,27 +52,18 @@ def read_questions(
 
     `documents` are the tokens of each document by its name; one without a name is of all questions.
     """
-    path = config.questions.path or ""
-    questions = []
-    for number, text in enumerate(read_text("questions.path", path).splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            question = _question(text, files, documents)
-            size, new = len(question.ids), config.generation.max_new_tokens
-            check_fits(config, files, world, documents[question.document], size, new)
-            questions.append(question)
-        except UserError as error:
-            raise UserError("questions.path", f"{path}:{number}", str(error)) from error
-    return questions
+
+    def read(line: dict[str, Any]) -> Question:
+        question = _question(line, files, documents)
+        size, new = len(question.ids), config.generation.max_new_tokens
+        check_fits(config, files, world, documents[question.document], size, new)
+        return question
+
+    return list(each_line("questions.path", config.questions.path or "", _FORM, read))
 
 
-def _question(text: str, files: ModelFiles, documents: Mapping[str, int]) -> Question:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError("line", None, f"is not JSON ({error}); needed: {_FORM}") from error
-    if not isinstance(line, dict) or ("question" in line) == ("query_ids" in line):
+def _question(line: dict[str, Any], files: ModelFiles, documents: Mapping[str, int]) -> Question:
+    if ("question" in line) == ("query_ids" in line):
         raise UserError("line", None, f"needed: {_FORM}")
     taken = [name for name in RESULT_FIELDS if name in line]
     if taken:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from launch.inputs import check_one_reader, given_text, is_ids, read_document, read_text
+from launch.inputs import (
+    check_letters,
+    check_one_reader,
+    each_line,
+    given_text,
+    is_ids,
+    read_document,
+    read_text,
+)
 from ringstar.checks import check_fits, check_ids
 from ringstar.config import ScoreConfig
 from ringstar.errors import UserError
@@ -95,26 +102,16 @@ def _check_alone(config: ScoreConfig, own_query: list[int] | None) -> None:
 
 def _continuations(config: ScoreConfig, files: ModelFiles) -> Iterator[Continuation]:
     for text in config.score.continuation:
+        check_letters("score.continuation", text)
         with_text = {"continuation": text}
         yield Continuation(with_text, _ids("score.continuation", with_text, files))
     if config.score.path is None:
         return
-    lines = read_text("score.path", config.score.path).splitlines()
-    for number, text in enumerate(lines, 1):
-        if text.strip():
-            try:
-                yield _of_line(text, files)
-            except UserError as error:
-                place = f"{config.score.path}:{number}"
-                raise UserError("score.path", place, str(error)) from error
+    yield from each_line("score.path", config.score.path, _FORM, lambda line: _of_line(line, files))
 
 
-def _of_line(text: str, files: ModelFiles) -> Continuation:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError("line", None, f"is not JSON ({error}); needed: {_FORM}") from error
-    if not isinstance(line, dict) or ("continuation" in line) == ("continuation_ids" in line):
+def _of_line(line: dict[str, Any], files: ModelFiles) -> Continuation:
+    if ("continuation" in line) == ("continuation_ids" in line):
         raise UserError("line", None, f"needed: {_FORM}")
     taken = [name for name in RESULT_FIELDS if name in line]
     if taken:
@@ -123,14 +120,15 @@ def _of_line(text: str, files: ModelFiles) -> Continuation:
 
 
 def _ids(key: str, line: dict[str, Any], files: ModelFiles) -> list[int]:
-    ids = line.get("continuation_ids")
-    if ids is None:
+    if "continuation_ids" in line:
+        ids = line["continuation_ids"]
+        if not is_ids(ids):
+            raise UserError("continuation_ids", None, f"needed: {_FORM}")
+    else:
         text = line["continuation"]
         if not isinstance(text, str) or not text:
             raise UserError(key, None, "is empty, or not text")
         ids = files.more_ids(text)
-    if not is_ids(ids):
-        raise UserError("continuation_ids", None, f"needed: {_FORM}")
     check_ids(key, ids, files.vocab_size)
     return ids
 

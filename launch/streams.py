@@ -6,6 +6,8 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def show_choices() -> None:
@@ -15,6 +17,18 @@ def show_choices() -> None:
     logger = logging.getLogger("ringstar")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def choices_unsaid() -> Iterator[None]:
+    """Without what rank 0 chooses meanwhile: where it is another for each text, nothing to say."""
+    logger = logging.getLogger("ringstar")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def print_every_letter() -> None:

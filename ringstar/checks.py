@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import localflash
-from ringstar.config import Config, StarConfig, StrategyConfig, check
+from ringstar.config import Config, StarConfig, StrategyConfig, check, token_size
 from ringstar.errors import UserError
 from ringstar.models import ModelFacts, ModelFiles, attention_heads, choose_dtype
 from ringstar.ranks import check_strategy
@@ -39,6 +39,15 @@ def check_ids(key: str, ids: Sequence[int], vocab_size: int) -> None:
     outside = next((i for i in ids if not 0 <= i < vocab_size), None)
     if outside is not None:
         raise UserError(key, outside, f"token ids must be from 0 to {vocab_size - 1}")
+
+
+def check_any_length(strategy: StrategyConfig) -> None:
+    """Raise UserError for sizes of star that fit only texts of some length."""
+    if not isinstance(strategy, StarConfig) or strategy.block_size is not None:
+        return
+    if strategy.anchor_size is not None and token_size(strategy.anchor_size):
+        why = "blocks are as long as a text allows, and texts may be short; give block_size too"
+        raise UserError("strategy.anchor_size", strategy.anchor_size, why)
 
 
 def check_fits(

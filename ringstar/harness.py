@@ -23,6 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("lm-eval is not installed: pip install 'ringstar[lm-eval]'") from error
 
+from ringstar.checks import check_any_length
 from ringstar.config import GenerationConfig, StarConfig
 from ringstar.errors import UserError
 from ringstar.runtime import Document, LongContext
@@ -89,6 +90,7 @@ class RingstarLM(TemplateLM):
         self.batch_size = given or _MOST_TEXTS
         self.max_length = max_length or self.runtime.files.max_positions
         self.max_gen_toks = max_gen_toks
+        check_any_length(self.runtime.config.strategy)
         star = isinstance(self.runtime.config.strategy, StarConfig)
         self.query_tokens = query_tokens or (STAR_QUERY_TOKENS if star else 1)
         self._add_bos_token, self._seed = add_bos_token, seed

@@ -56,6 +56,7 @@ def make_blocks(
 ) -> Blocks:
     """Blocks of `block_size` (None: as many as ranks) behind `anchor_size` (None: as long).
 
+    A document of one block has no use for an anchor, and may be shorter than the one asked for.
     ValueError begins with the name of the argument that is wrong, and its value.
     """
     block_size = _size("block_size", block_size, least=1)
@@ -68,12 +69,13 @@ def make_blocks(
             f" {size}K? at least {min(SMALL_BLOCK, -(-tokens // MANY_BLOCKS))} is needed"
         )
     anchor = size if anchor_size is None else anchor_size
-    if anchor > size:
+    most = block_size if block_size is not None else size
+    if anchor > most and (block_size is not None or count > 1):
+        what = f"a block's {size} tokens" if block_size is None else f"block_size={block_size}"
         raise ValueError(
-            f"anchor_size={anchor}: is more than {_what(block_size, size, tokens)};"
-            f" allowed: from 0 (no anchor) to {size}"
+            f"anchor_size={anchor}: is more than {what}; allowed: from 0 (no anchor) to {most}"
         )
-    return Blocks(tokens, size, anchor, world)
+    return Blocks(tokens, size, min(anchor, size), world)
 
 
 def _size(name: str, value: int | str | None, *, least: int) -> int | None:
@@ -86,12 +88,6 @@ def _size(name: str, value: int | str | None, *, least: int) -> int | None:
     if tokens < least:
         raise ValueError(f"{name}={value}: must be at least {least}")
     return tokens
-
-
-def _what(block_size: int | None, size: int, tokens: int) -> str:
-    if size == tokens:
-        return f"the document's {tokens} tokens"
-    return f"block_size={size}" if block_size is not None else f"a block's {size} tokens"
 
 
 def token_size(value: int | str) -> int:

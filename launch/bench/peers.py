@@ -117,11 +117,17 @@ def _no_room(request: Request, needed: Needed, own: bool = False) -> str | None:
 
 
 def _weights(request: Request, own: bool) -> int:
-    """Bytes of the files that weights come from; a GGUF file's are widened, but by its `own`."""
+    """Bytes of weights as they will be in memory; a GGUF file's are widened, but by its `own`."""
     files, gguf = request.files, _gguf(request)
     if gguf is not None and (own or files.gguf):
         return gguf.stat().st_size * (1 if own else 8)  # of 4 bits each, as float32
-    return sum(path.stat().st_size for path in files.folder.glob("*.safetensors"))
+    stored = list(files.folder.glob("*.safetensors")) or files.folder.glob("pytorch_model*.bin")
+    wider = 1.0 if files.quantised else request.dtype.itemsize / _stored_itemsize(files)
+    return int(wider * sum(path.stat().st_size for path in stored))
+
+
+def _stored_itemsize(files: ModelFiles) -> int:
+    return (getattr(files.config, "dtype", None) or torch.float32).itemsize
 
 
 def _gib(count: int) -> str:

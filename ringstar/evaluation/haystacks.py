@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from platform import python_version
 from random import Random
+from textwrap import wrap
 from typing import TypeVar
 
 T = TypeVar("T")
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])")
+# Latin, Devanagari, Urdu and Arabic; Chinese and Japanese have no space behind theirs
+_SENTENCE_END = re.compile("(?<=[.!?\u0964\u06d4\u061f])\\s+|(?<=[\u3002\uff01\uff1f])")
+# where there are no such marks a text is cut into pieces, for needles stand between them
+_LONGEST = 400
 # a sentence of prose: a capital, words, and no more marks than people write
 _PROSE = re.compile(r"""[A-Z][A-Za-z ,;:'"()\-]{30,400}[.!?]""")
 
@@ -60,9 +65,10 @@ class Essay:
 
 
 def essay_of(text: str, source: str) -> Essay:
-    """The sentences of a text; white space of any kind and length is one space."""
-    sentences = _SENTENCE_END.split(" ".join(text.split()))
-    return Essay(tuple(filter(None, sentences)), source, sha256(text.encode()).hexdigest())
+    """The sentences of a text, or pieces; white space of any kind and length is one space."""
+    cut = partial(wrap, width=_LONGEST, break_on_hyphens=False)
+    pieces = [piece for sentence in _sentences(text) for piece in cut(sentence)]
+    return Essay(tuple(pieces), source, sha256(text.encode()).hexdigest())
 
 
 def default_essay() -> Essay:
@@ -70,9 +76,13 @@ def default_essay() -> Essay:
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
-    found = essay_of(text, f"documentation of Python {python_version()} (pydoc_data.topics)")
-    prose = tuple(filter(_PROSE.fullmatch, found.sentences))
-    return Essay(prose, found.source, found.sha256)
+    source = f"documentation of Python {python_version()} (pydoc_data.topics)"
+    prose = tuple(filter(_PROSE.fullmatch, _sentences(text)))
+    return Essay(prose, source, sha256(text.encode()).hexdigest())
+
+
+def _sentences(text: str) -> list[str]:
+    return [found for found in _SENTENCE_END.split(" ".join(text.split())) if found]
 
 
 def first_of(draw: Callable[[], T]) -> Callable[[int], T]:

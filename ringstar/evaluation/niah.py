@@ -51,7 +51,8 @@ class Needles:
         def build(units: int, tail: str) -> Prompt:
             return self._prompt(hay.text(units, tail, needles), queried)
 
-        yield Draft(build, hay.line, references)
+        text_sha256 = material.essay.sha256 if self.haystack == "essay" else None
+        yield Draft(build, hay.line, references, text_sha256)
 
     def sentence(self, key: str, value: str) -> str:
         """The needle."""

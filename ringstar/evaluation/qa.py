@@ -25,14 +25,15 @@ class QuestionAnswering:
         self, name: str, length: int, material: Material, depth: float | None = None
     ) -> Iterator[Draft]:
         """A draft of each question, in random order: gold paragraphs can be too long."""
-        items = material.questions.of_hops(self.several)
+        questions = material.questions
+        items = questions.of_hops(self.several)
         for item in seeded(name).sample(items, len(items)):
-            others = [text for text in material.questions.paragraphs if text not in item.paragraphs]
+            others = [text for text in questions.paragraphs if text not in item.paragraphs]
             if others:
-                yield _draft(name, item, others)
+                yield _draft(name, item, others, questions.sha256)
 
 
-def _draft(name: str, item: Item, others: list[str]) -> Draft:
+def _draft(name: str, item: Item, others: list[str], text_sha256: str) -> Draft:
     draw = seeded(f"{name}/distractors")
     others = draw.sample(others, len(others))
 
@@ -45,4 +46,4 @@ def _draft(name: str, item: Item, others: list[str]) -> Draft:
         document = f"{_INSTRUCTION}\n\nThe following are given documents.\n\n{listed}"
         return Prompt(document, f"{_INSTRUCTION}\n\nQuestion: {item.question}", "Answer:")
 
-    return Draft(build, lambda number: others[number % len(others)], item.answers)
+    return Draft(build, lambda number: others[number % len(others)], item.answers, text_sha256)

@@ -39,25 +39,29 @@ class Draft:
     """A sample of any length: its haystack is the first units of an endless row of them.
 
     `build(units, tail)` is the prompt with so many whole units and a piece of the next one, whose
-    whole text is `tail(units)`; a task whose units cannot be cut gives an empty one.
+    whole text is `tail(units)`; a task whose units cannot be cut gives an empty one.  `text_sha256`
+    is that of the text or of the questions that all of it is taken from, if there are any.
     """
 
     build: Callable[[int, str], Prompt]
     tail: Callable[[int], str]
     references: tuple[str, ...]
+    text_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One prompt of a task and what a right answer holds.
 
-    `tokens` count the prompt with its chat template, and the `new_tokens` of its answer.
+    `tokens` count the prompt with its chat template, and the `new_tokens` of its answer;
+    `text_sha256` is as in `Draft`.
     """
 
     prompt: Prompt
     references: tuple[str, ...]
     tokens: int
     new_tokens: int
+    text_sha256: str | None
 
 
 def seeded(name: str) -> Random:

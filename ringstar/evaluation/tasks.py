@@ -88,7 +88,8 @@ def make_sample(
         except TooShort as error:
             least.append(error.least + task.new_tokens)
             continue
-        return Sample(prompt, draft.references, tokens + task.new_tokens, task.new_tokens)
+        tokens += task.new_tokens
+        return Sample(prompt, draft.references, tokens, task.new_tokens, draft.text_sha256)
     if not least:
         raise NoSample("holds no question of this kind")
     raise TooShort(min(least))

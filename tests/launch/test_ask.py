@@ -207,6 +207,7 @@ def _shared(transport):
         ('{"query_ids": ["a"]}', "query_ids: needed"),
         ('{"query_ids": [100000]}', "question=100000: token ids must be"),
         ('{"question": "a", "answer": "b"}', "answer: is what the answer will be called"),
+        ('{"question": "a", "id": "\\ud83d"}', "holds half a letter"),
         ('{"question": "%s"}' % ("x " * 5000), "the model's limit is 4096"),
     ],
 )
@@ -342,6 +343,7 @@ def test_a_saved_document_among_others(run, library, chat, book, tmp_path):
     ("line", "why"),
     [
         ("{", "is not JSON"),
+        ("[]", 'needed: {"document": NAME, "path"'),
         ('{"document": "b"}', 'needed: {"document": NAME, "path"'),
         ('{"document": 5, "text": "b"}', 'needed: {"document": NAME, "path"'),
         ('{"document": "b", "text": "c", "path": "d"}', 'needed: {"document": NAME, "path"'),

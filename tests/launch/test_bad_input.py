@@ -472,10 +472,6 @@ def test_star_settings_that_are_none(refused, bare, ids_file, argument, why):
             ["strategy.anchor_size=11", "at most strategy.block_size=10"],
         ),
         (
-            ["strategy.block_size=1K", "strategy.anchor_size=98"],
-            ["strategy.anchor_size=98", "is more than the document's 97 tokens"],
-        ),
-        (
             ["strategy.share_anchor=world", "strategy.anchor_content=previous"],
             ["strategy.share_anchor=world", "gives each block its own", "allowed: none, auto"],
         ),

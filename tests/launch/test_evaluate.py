@@ -3,6 +3,7 @@
 A tiny random model through whole runs: what is written, what is taken up, what is refused.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -175,6 +176,7 @@ def test_more_samples_lengths_tasks_and_settings_are_added(path, tmp_path, run):
     [
         (["evaluate.seed=1"], "another evaluate.seed"),
         (["model.dtype=bfloat16"], "another model"),
+        (["cache.dtype=int8"], "another cache.dtype"),
         (["evaluate.qa_path=QA"], "other samples of qa_1"),
     ],
 )
@@ -194,6 +196,23 @@ def test_samples_of_another_run_are_not_taken_for_this(path, tmp_path, run, chan
     _, err = run(model(), *THREADS, *GIVEN, *change, f"output.path={path}", status=2)
     assert says in err and len(err.splitlines()) == 1
     assert samples_path(str(path)).read_bytes() == before
+
+
+def test_texts_that_changed_behind_the_first_sample_are_noticed(tmp_path, run):
+    """Another answer to a question changes no prompt; a later page not that of sample 0."""
+    qa, path = tmp_path / "qa.jsonl", tmp_path / "e.json"
+    rows = [{"question": f"{n}?", "answers": ["yes"], "paragraphs": [f"{n}: yes."]} for n in "12"]
+    qa.write_text("\n".join(map(json.dumps, rows)))
+    given = [model(), *THREADS, "evaluate.tasks=qa_1,vt", "evaluate.lengths=1200"]
+    given += ["evaluate.samples=1", f"evaluate.qa_path={qa}", f"output.path={path}"]
+    run(*given)
+    digest = hashlib.sha256(qa.read_bytes()).hexdigest()
+    texts = {(line.task, line.text_sha256) for line in scored(path)}
+    assert texts == {("qa_1", digest), ("vt", None)}
+    run(*given)  # nothing is left
+    qa.write_text(qa.read_text().replace('"yes"', '"no"'))
+    _, err = run(*given, status=2)
+    assert "other samples of qa_1" in err
 
 
 @pytest.mark.parametrize("line", ["{}\n", "[]\n", "nothing\n", '{"task": "vt"}\n'])

@@ -4,6 +4,7 @@ lm-eval's own command line on ranks: our options, then its arguments.
 """
 
 import json
+import shutil
 
 import pytest
 
@@ -68,6 +69,8 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypat
     assert "has no tokenizer" in refused(f"model.path={bare}", "--tasks", "x")
     assert "tasks of lm-eval have their own" in refused(*given, "question=Who?", "--tasks", "x")
     assert "--output_path" in refused(*given, "output.path=x", "--tasks", "x")
+    star = ["strategy=star", "strategy.anchor_size=1K"]
+    assert "give block_size too" in refused(*given, *star, "--tasks", "x")
     assert "harness.query_tokens=0" in refused(*given, "harness.query_tokens=0", "--tasks", "x")
     with monkeypatch.context() as patch:
         patch.setattr(launch.harness, "find_spec", lambda _: None)
@@ -76,6 +79,16 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypat
         )
     monkeypatch.setattr(launch.harness, "under_torchrun", lambda: True)
     assert "transport=threads" in refused(*given, "--tasks", "x", "--use_cache", "c")
+
+
+def test_a_task_that_the_harness_does_not_have_is_named(chat, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    folder = shutil.copytree(chat, tmp_path / "a,b=c")
+    command = ["script.py", f"model.path={folder}", "--tasks", "arc_eazy"]
+    run = python(*command, cwd=tmp_path, env=environment(HF_HUB_OFFLINE="1"))
+    said = run.stderr.splitlines()[-1]
+    assert run.returncode == 2, run.stderr
+    assert said.startswith("ringstar: --tasks=arc_eazy: lm-eval has no such task")
 
 
 def test_arguments_that_the_harness_does_not_know_end_as_it_ends(chat, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 import launch.ask
 import launch.compare
+import launch.evaluate
 from launch.generate import main
 from tests.support.commands import THREADS
 from tests.support.traces import bytes_sent, check_format, of_kind, read, seconds
@@ -56,6 +57,17 @@ def test_the_other_commands_write_one_too(tmp_path, capsys, chat, book):
     check_format(compared)
     assert [e["name"] for e in of_kind(asked, "phase", 0)].count("question") == 2
     assert [e["name"] for e in of_kind(compared, "phase", 1)].count("encode") == 3
+
+
+def test_an_evaluation_writes_one(tmp_path, capsys, chat):
+    pytest.importorskip("wonderwords")
+    pytest.importorskip("scipy")
+    given = ["evaluate.tasks=qa_1", "evaluate.lengths=700", "evaluate.samples=1"]
+    to = [f"profile.path={tmp_path}/trace", f"output.path={tmp_path}/e.json"]
+    assert launch.evaluate.main([f"model.path={chat}", *THREADS, *given, *to]) == 0
+    assert capsys.readouterr().err.count("ringstar: trace of 2 ranks: ") == 1
+    check_format(trace := read(tmp_path / "trace"))
+    assert [e["name"] for e in of_kind(trace, "phase", 1)].count("encode") == 1 + 3  # one warms up
 
 
 def test_a_file_is_no_folder(capsys, bare, ids_file):

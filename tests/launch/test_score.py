@@ -13,6 +13,8 @@ import yaml
 
 import launch.pictures
 import launch.score
+from launch.inputs import each_line
+from launch.lines import line_of
 from launch.score_plan import RESULT_FIELDS
 from launch.score_result import _some
 from ringstar import LongContext
@@ -147,16 +149,25 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, book, ids
         ("{}", '{"continuation": "..."}'),
         ('{"continuation": ""}', "is empty"),
         ('{"continuation_ids": []}', "is empty"),
+        ('{"continuation_ids": null}', "continuation_ids: needed"),
+        ('{"continuation": "a", "id": "\\ud83d"}', "holds half a letter"),
         ('{"continuation_ids": [9999]}', "token ids must be from 0"),
         ('{"continuation": "a", "logprob": 1}', "rename it"),
     ]:
         bad.write_text('\n{"continuation": "a"}\n' + content)
         line = refused(*given, text, f"score.path={bad}")
         assert line.startswith(f"score.path={bad}:3: ") and why in line
+    assert "is not UTF-8" in refused(*given, text, "score.continuation=a\udcff")
     assert "nothing is generated" in refused(*given, text, "generation.seed=1")
     assert "scored, not kept" in refused(*given, text, "document.save=x")
     assert "score.pieces" in refused(*given, text, "score.pieces=0")
     assert "ends in .png" in refused(*given, text, "score.picture=a.jpg")
+
+
+def test_texts_may_hold_other_characters_that_end_lines(tmp_path):
+    path, found = tmp_path / "lines.jsonl", [{"continuation": "a\u2028b\x85c\u2029d"}, {}]
+    path.write_text("".join(line_of(line) for line in found), encoding="utf-8")
+    assert list(each_line("score.path", str(path), "", dict)) == found
 
 
 def test_no_matplotlib_and_no_picture_asked_for(run, monkeypatch, tmp_path, chat, book):

@@ -578,10 +578,17 @@ def test_star_is_refused_where_a_window_hides_the_text(attached):
 
 
 def test_star_sizes_that_do_not_fit_are_refused(attached):
-    strategy = StarConfig(block_size=40, anchor_size=40)
-    model = attached(tiny_folder("llama"), strategy=strategy, query_tokens=2)
+    model = attached(tiny_folder("llama"), strategy=StarConfig(anchor_size=40), query_tokens=2)
     with pytest.raises(UserError, match=r"strategy\.anchor_size=40"):
         model.generate(prompt(30), max_new_tokens=1, **GREEDY)
+
+
+def test_star_is_exact_where_a_prompt_is_shorter_than_a_block_and_its_anchor(attached):
+    folder, ids = tiny_folder("llama"), random_ids(30)
+    want = plain(folder, tuple(ids), max_new_tokens=5).tolist()
+    strategy = StarConfig(block_size=40, anchor_size=40)
+    model = attached(folder, strategy=strategy, query_tokens=2)
+    assert model.generate(prompt(30), max_new_tokens=5, **GREEDY).tolist() == want
 
 
 # --- what a fresh reader of it broke

@@ -377,6 +377,18 @@ def test_sentences_of_an_essay():
     assert essay.sentences == ("One.", "Two?", "Three!", "4.5 is a number.", "Ende。", "次の。")
 
 
+def test_an_essay_without_full_stops_is_cut_into_pieces():
+    """A needle stands between sentences, and would else be at the beginning or the end."""
+    hindi = essay_of("यह एक है। वह दो है। " * 3, "x").sentences
+    assert hindi == ("यह एक है।", "वह दो है।") * 3
+    words, letters = "word well-known " * 100, "ก" * 1000
+    for text in (words, letters):
+        pieces = essay_of(text, "x").sentences
+        assert len(pieces) >= 3 and max(map(len, pieces)) <= 400
+        assert "".join(pieces).replace(" ", "") == text.replace(" ", "")
+    assert "well- known" not in " ".join(essay_of(words, "x").sentences)
+
+
 def test_material_says_what_was_used():
     material = Material(lambda: essay_of("A b.", "file.txt"))
     assert material.sources() == {}

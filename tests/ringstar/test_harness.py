@@ -183,6 +183,18 @@ def test_star_reads_the_end_of_a_context_with_all_of_it_in_sight():
     assert abs(exact - total) > 1e-2
 
 
+def test_star_takes_texts_shorter_than_its_anchors():
+    """One block is exact, and has no anchor."""
+    star = ours(chat_folder(), strategy=StarConfig(block_size=128, anchor_size=64))
+    exact = ours(chat_folder())
+    pair, text = instances(("The ship left the harbour", " at dawn.")), instances(("The ship.",))
+    assert star.loglikelihood(pair)[0] == pytest.approx(exact.loglikelihood(pair)[0], abs=1e-4)
+    whole, its = star.loglikelihood_rolling(text), exact.loglikelihood_rolling(text)
+    assert whole == pytest.approx(its, abs=1e-4)
+    with pytest.raises(UserError, match="give block_size too"):
+        ours(chat_folder(), strategy=StarConfig(anchor_size=64))
+
+
 def test_it_is_registered_by_name():
     made = lm_eval.api.registry.get_model("ringstar").create_from_arg_string(
         f"pretrained={chat_folder()},transport=threads,world_size=2,strategy=star",

@@ -43,13 +43,19 @@ def test_default_sizes():
     assert make_blocks(50, 2, 4096) == Blocks(50, 50, 50, 2)
 
 
+def test_one_block_has_no_use_for_an_anchor_and_may_be_shorter():
+    assert make_blocks(50, 2, 4096, 1024) == Blocks(50, 50, 50, 2)
+    assert make_blocks(50, 1, None, 1024) == Blocks(50, 50, 50, 1)
+    assert make_blocks(50, 2, 4096, 0) == Blocks(50, 50, 0, 2)
+
+
 @pytest.mark.parametrize(
     ("tokens", "block", "anchor", "message"),
     [
         (16384, 4, None, "block_size=4: makes 4,096 blocks of 16,384 tokens; did you mean 4K?"),
         (100, 10, 11, "anchor_size=11: is more than block_size=10"),
         (100, None, 26, "anchor_size=26: is more than a block's 25 tokens"),
-        (100, 200, 101, "anchor_size=101: is more than the document's 100 tokens"),
+        (100, 200, 201, "anchor_size=201: is more than block_size=200"),
         (100, 0, None, "block_size=0: must be at least 1"),
         (100, None, -1, "anchor_size=-1: must be at least 0"),
         (100, "4 KB", None, "block_size=4 KB: a number of tokens is needed"),

@@ -126,6 +126,19 @@ def test_what_does_not_fit_is_refused_by_its_size(name, needed, monkeypatch):
         assert why is None if fits else "needs about" in why
 
 
+def test_weights_count_as_they_are_loaded(tmp_path):
+    """Widened ones more than their files; and those of older files too."""
+    folder = Path(tiny_folder("llama"))
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    request = request_of(str(folder))
+    assert peers._weights(request, own=False) == stored
+    assert peers._weights(replace(request, dtype=torch.float64), own=False) == 2 * stored
+    older = shutil.copytree(folder, tmp_path / "older")
+    for path in older.glob("*.safetensors"):
+        path.rename(older / "pytorch_model.bin")
+    assert peers._weights(request_of(str(older)), own=False) == stored
+
+
 def test_a_form_of_attention_that_transformers_lacks_is_named():
     request = request_of(tiny_folder("gpt_oss"))
     for name in ("hf-sdpa", "hf-batch"):
