@@ -35,9 +35,18 @@ def answered(config: AskConfig, questions: Sequence[Question]) -> list[list[int]
     if len(lines) > len(questions):
         why = f"has {len(lines)} answers to {len(questions)} questions"
         raise UserError("output.path", path, why)
-    if lines:
-        check_begun_alike(config, path, _DECISIVE)
+    check_begun(config)
     return [json.loads(text)["answer_ids"] for text in lines]
+
+
+def check_begun(config: AskConfig) -> None:
+    """Raise UserError if `output.path` has anything that no run with these settings began."""
+    path = config.output.path
+    if path is None:
+        return
+    file = Path(path).expanduser()
+    if file.exists() and file.stat().st_size:  # be it half a line
+        check_begun_alike(config, path, _DECISIVE)
 
 
 def _answers(text: str, question: Question) -> bool:

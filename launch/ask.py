@@ -30,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch.answers import AnswerLog, answered
+from launch.answers import AnswerLog, answered, check_begun
 from launch.encode import encoded_document
 from launch.help import help_text
 from launch.inputs import STDIN, Request, check_one_reader, read_context
@@ -80,6 +80,8 @@ def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list
         sizes = {name: len(entry.ids) for name, entry in entries.items()}
         questions = read_questions(config, files, sizes, world)
         answered(config, questions)
+    else:
+        check_begun(config)
     return files, entries, questions
 
 
@@ -141,8 +143,9 @@ def _answer_typed(config: AskConfig, runtime: LongContext, library: Library) -> 
             continue
         try:
             answer = ask(ONLY, question, on_text=print_piece)
-        except UserError as error:
-            log.info(str(error))  # the same on every rank, before any has begun
+        except UserError as error:  # the same on every rank
+            if runtime.rank == 0:
+                log.info(str(error))
             continue
         if runtime.rank == 0:
             print_piece("\n" if runtime.files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")

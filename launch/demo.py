@@ -69,11 +69,11 @@ def _run(arguments: Sequence[str], reporter: Reporter) -> int:
     config = parse(options)
     check_launch(config)
     _say(f"model: {config.model.path or config.model.name} (the first time it is converted once)")
-    files = find_model(config.model)
+    files = find_model(config.model, config.rope)
     with tempfile.TemporaryDirectory(prefix="ringstar-demo-") as folder:
         request = _write_request(files, Path(folder))
         given = [
-            f"model.path={files.folder}",
+            f"model.path={files.folder / files.gguf if files.gguf else files.folder}",
             f"document.ids_path={folder}/request.json",
             f"output.path={folder}/answers.json",
         ]
@@ -111,7 +111,8 @@ def _write_request(files: ModelFiles, folder: Path) -> dict[str, Any]:
 def _answer_as_rank(config: Config, phases: Any) -> None:
     begin_rank(config)
     request = json.loads(Path(config.document.ids_path or "").read_text())
-    runtime = LongContext(config, find_model(config.model), *make_ranks(config.transport, phases))
+    files = find_model(config.model, config.rope)
+    runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     runs: dict[str, Any] = {}
     logits: dict[str, torch.Tensor] = {}
     for strategy in _strategies(config.strategy):

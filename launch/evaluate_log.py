@@ -70,7 +70,7 @@ def scored_before(config: EvaluationConfig, plan: Plan) -> list[Scored]:
         _scored(path, number, text)
         for number, text in enumerate(whole_lines(samples_path(path)), 1)
     ]
-    if lines:
+    if samples_path(path).stat().st_size:  # be it half a line
         check_begun_alike(config, path, _DECISIVE)
         _check_samples(config, plan, lines)
     return lines

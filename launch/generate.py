@@ -83,7 +83,7 @@ def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[
         "query_tokens": answer.query_tokens,
         "new_tokens": len(answer.ids),
         "finish_reason": answer.finish_reason,
-        **strategy_fields(document.strategy, document.tokens, runtime.world_size),
+        **strategy_fields(document.strategy, document.tokens, document.encoded_by),
         **runtime_fields(runtime),
         "cached_tokens": document.cached_tokens,
         "encode_s": document.encode_s,

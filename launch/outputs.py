@@ -21,6 +21,26 @@ from ringstar.files import write_atomically
 from ringstar.store import check_place
 
 
+def _read_from(config: Config, key: str) -> str | None:
+    """The value of an option; None if this command has no such option."""
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section, None) if section else config, name, None)
+
+
+# options that name a file to read, in whichever command has them
+_INPUTS = (
+    "model.path",
+    "document.path",
+    "document.ids_path",
+    "question_path",
+    "questions.path",
+    "questions.documents_path",
+    "score.path",
+    "evaluate.essay_path",
+    "evaluate.qa_path",
+)
+
+
 def check_writable(config: Config) -> None:
     """Raise UserError now for what could not be written after a long run."""
     output = config.output
@@ -29,8 +49,22 @@ def check_writable(config: Config) -> None:
             check_file(key, value)
     if output.path and output.first_logits and _same(output.path, output.first_logits):
         raise UserError("output.first_logits", output.first_logits, "is output.path too")
+    _check_no_input(config)
     if config.document.save is not None:
         check_place("document.save", config.document.save)
+
+
+def _check_no_input(config: Config) -> None:
+    """Raise UserError for an output that would take the place of what the run reads."""
+    output = config.output
+    outputs = [("output.path", output.path), ("output.first_logits", output.first_logits)]
+    if output.path is not None:
+        outputs.append(("output.path", str(config_path(output.path))))
+    for key, value in outputs:
+        for read in _INPUTS:
+            given = _read_from(config, read)
+            if value is not None and given not in (None, "-") and _same(value, given):
+                raise UserError(key, value, f"is {read} too, which would be overwritten")
 
 
 def check_file(key: str, value: str) -> None:

@@ -41,7 +41,7 @@ from ringstar.models import (
 from ringstar.models.bind import bind, put
 from ringstar.models.geometry import run_once
 from ringstar.models.quantised import quantised
-from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
+from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks, run_or_refuse
 from ringstar.shard import TextShard
 from ringstar.strategies import check_document, describe, make_strategy
 from seqpar import Transport
@@ -194,7 +194,7 @@ class Attached:
             return self._extend_and_read(transport, texts, new, last)
 
         past.whole = False
-        logits = self._ranks.run(forward)[0]
+        logits = run_or_refuse(self._ranks, forward)[0]
         past.columns, past.whole = columns, True
         shaped = logits.clone().view(len(new), last, -1).to(self._model.dtype)
         output = causal_output(shaped, None if use_cache is False else past)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seqpar import TransportError
 
-__all__ = ["TransportError", "UserError", "in_a_line"]
+__all__ = ["Refusal", "TransportError", "UserError", "in_a_line"]
 
 
 class UserError(ValueError):
@@ -14,6 +14,10 @@ class UserError(ValueError):
         shown = f"{key}={_short(value)}" if value is not None else key
         super().__init__(f"{shown}: {allowed}")
         self.key, self.value, self.allowed = key, value, allowed
+
+
+class Refusal(UserError):
+    """One that every rank raises at the same point: they are in step, and go on."""
 
 
 def in_a_line(error: Exception) -> str:

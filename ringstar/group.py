@@ -11,7 +11,7 @@ from ringstar.document import Document, Shelf
 from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.memory import make_place
-from ringstar.ranks import Ranks
+from ringstar.ranks import Ranks, run_or_refuse
 from ringstar.room import Victims
 from ringstar.shard import TextShard
 from seqpar import Transport
@@ -41,7 +41,7 @@ class Group:
 
     def run(self, rank_fn: Callable[[Transport], T]) -> list[T]:
         """Run `rank_fn` on each rank; results in rank order."""
-        return self.ranks.run(rank_fn)
+        return run_or_refuse(self.ranks, rank_fn)
 
     @property
     def any_engine(self) -> RankEngine:

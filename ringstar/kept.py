@@ -131,7 +131,10 @@ def encode_kept(
         write(runtime, made, unfinished, before)
     assert made is not None
     _take_over(runtime, made, unfinished, folder)
-    return replace(made, encode_s=seconds)
+    whole = replace(made, encode_s=seconds)
+    runtime.shelf.remove(made)  # or a question would make room by what it is about
+    runtime.shelf.add(whole)
+    return whole
 
 
 def _unfinished(runtime: LongContext, folder: str, ids: Sequence[int]) -> Document | None:

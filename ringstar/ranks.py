@@ -10,7 +10,7 @@ import torch
 from torch.distributed import Store
 
 from ringstar.config import Config, DenseConfig, TransportConfig
-from ringstar.errors import UserError
+from ringstar.errors import Refusal, UserError
 from seqpar import ThreadWorld, Transport
 from seqpar.cores import usable_cores
 from seqpar.process import ProcessWorld, connect, local_ranks, under_torchrun
@@ -22,6 +22,7 @@ __all__ = [
     "check_ranks",
     "check_strategy",
     "make_ranks",
+    "run_or_refuse",
     "under_torchrun",
     "usable_cores",
     "world_size_of",
@@ -39,6 +40,23 @@ class Ranks(Protocol):
     def run(self, rank_fn: Callable[[Transport], T]) -> list[T]:
         """Run `rank_fn` on each of them; results in rank order."""
         ...
+
+
+def run_or_refuse(ranks: Ranks, rank_fn: Callable[[Transport], T]) -> list[T]:
+    """`ranks.run`, after whose Refusal there can be another: a fault would end the ranks."""
+
+    def run(transport: Transport) -> T | Refusal:
+        try:
+            return rank_fn(transport)
+        except Refusal as refusal:
+            return refusal
+
+    results: list[T] = []
+    for result in ranks.run(run):
+        if isinstance(result, Refusal):
+            raise result
+        results.append(result)
+    return results
 
 
 def world_size_of(config: TransportConfig) -> int:

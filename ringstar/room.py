@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ringstar.errors import UserError
+from ringstar.errors import Refusal
 from ringstar.metrics import gather_integers
 from ringstar.paging import Needs, PagePool
 from ringstar.shard import TextShard
@@ -49,19 +49,21 @@ class Victims:
         if any(codes):
             rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
             why = f"a document cannot be put there on rank {rank}: {os.strerror(code).lower()}"
-            raise UserError("cache.offload_path", str(self._place), why)
+            raise Refusal("cache.offload_path", str(self._place), why)
         return True
 
 
 def make_room(transport: Transport, pool: PagePool, needs: Needs, victims: Victims) -> None:
     """Let texts go until these pages can be had on every rank.
 
-    Raises UserError, on all ranks, if they cannot be had; before any text goes, unless it shared
+    Raises Refusal, on all ranks, if they cannot be had; before any text goes, unless it shared
     so many pages that its going freed too few.
     """
     if pool.limit is None:
         return
-    hopeless = max(0, pool.missing(needs) - victims.nbytes() - pool.free_nbytes)
+    # victims count the pages that they share each for itself
+    freed = min(victims.nbytes() + pool.free_nbytes, pool.allocated_nbytes)
+    hopeless = max(0, pool.missing(needs) - freed)
     _refuse_if(transport, pool, hopeless)
     while True:
         (missing,) = gather_integers(transport, [pool.missing(needs)])
@@ -79,4 +81,4 @@ def _refuse_if(transport: Transport, pool: PagePool, missing: int) -> None:
             f"{everyone[rank]:,} bytes too few on rank {rank} for the KV that is needed; shorter"
             " documents, more ranks, cache.dtype=int8, cache.offload=disk or more memory would do"
         )
-        raise UserError("cache.max_bytes", f"{limits[rank]:,}", why)
+        raise Refusal("cache.max_bytes", f"{limits[rank]:,}", why)

@@ -452,7 +452,7 @@ class LongContext:
             started = time.perf_counter()
             engine, shard, victims = self.group.at_hand(transport, document)
             shown = on_text if transport.rank == 0 else None
-            read = shard.take_up(top) - document.tokens
+            read = shard.take_up(top, document.tokens + len(before)) - document.tokens
             new = [*before[read:], *ids]
             with closing(engine.generate(shard, new, chosen, victims)) as steps:
                 made = collect(steps, chosen, ends, tokenizer, shown, until)
@@ -602,7 +602,8 @@ class LongContext:
         """Raise UserError if so many tokens cannot follow a document, with so many new ones."""
         check_held(document, self)
         config = replace(self.config, strategy=document.strategy)
-        check_fits(config, self.files, self.world_size, document.tokens, query, new)
+        # as it was encoded, maybe by other ranks
+        check_fits(config, self.files, document.encoded_by, document.tokens, query, new)
         read = document.tokens + query
         self._check_rope(document, read, f"encode it with length={read} for this question")
 

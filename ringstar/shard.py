@@ -48,13 +48,13 @@ class TextShard:
         self.cache.truncate(state)
         self._top, self.ready = None, self.tokens
 
-    def take_up(self, top: object) -> int:
+    def take_up(self, top: object, most: int) -> int:
         """How many tokens are there, those of `top` among them if it was the last to `leave`.
 
-        Whatever else came since the last `keep` is forgotten; so are these, unless `leave` is
-        called again.
+        Whatever else came since the last `keep` is forgotten; so are these if there are more than
+        `most`, as after a turn that was interrupted, and unless `leave` is called again.
         """
-        if top is None or self._top is not top:
+        if top is None or self._top is not top or self.tokens > most:
             self.rewind()
         self._top = None
         return self.tokens
@@ -94,7 +94,7 @@ class TextShard:
         """Give all of its pages back; it can be used no more."""
         self.rewind()
         self.cache.release()
-        self.evicted = True
+        self._stowed, self.evicted = None, True
 
     def stow(self, place: Place) -> None:
         """Take its KV out of the pages, to `place`."""
@@ -108,9 +108,14 @@ class TextShard:
 
     def bring_back(self, ahead: int) -> None:
         """Put KV that was stowed into pages again, with room for `ahead` tokens more."""
-        if self._stowed is not None:
+        if self._stowed is None:
+            return
+        try:
             self._stowed.restore(self.cache, ahead)
-            self._stowed = None
+        except BaseException:  # the next try begins with empty pages
+            self.cache.release()
+            raise
+        self._stowed = None
 
 
 def _all_joined(runs: Runs, more: Runs) -> Runs:

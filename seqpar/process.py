@@ -318,7 +318,9 @@ class ProcessWorld:
             try:
                 with torch.inference_mode():
                     return [rank_fn(transport)]
-            except BaseException:
+            except BaseException as error:
+                if not isinstance(error, TransportError):  # which says so itself
+                    error.add_note(f"rank {transport.rank}, during {transport.phase}")
                 self._failed = True
                 transport.abandon()
                 raise

@@ -244,6 +244,8 @@ class ThreadTransport(Transport):
     def _exchange(
         self, sends: list[tuple[int, list[Tensor]]], receives: list[tuple[int, list[Tensor]]]
     ) -> Handle:
+        if self._world.failure is not None:  # one rank alone has nobody to hear it from
+            raise _Ended
         if self._restarts != self._world.restarts:
             self._reset()
         me = self._members[self.rank]

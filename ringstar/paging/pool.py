@@ -195,9 +195,10 @@ class PageGroup:
         affordable = self._budget.left // self.page_bytes
         if affordable < pages:
             return None
-        slab = self.ledger.add_slab(min(pages + ahead, affordable))
-        tokens = len(slab) * self.page_tokens
+        count = min(pages + ahead, affordable)
+        tokens = count * self.page_tokens
         layers = {shape.layer: self._storage.room(shape, tokens) for shape in self.shapes}
+        slab = self.ledger.add_slab(count)  # once there is memory for it
         self._slabs.append(Slab(slab.start, layers))
         self._budget.used += len(slab) * self.page_bytes
         return slab

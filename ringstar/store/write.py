@@ -116,14 +116,15 @@ def remove_saved(transport: Transport, folder: Path) -> None:
 
 def check_place(key: str, folder: str) -> None:
     """Raise UserError, naming `key`, for a folder that a document could not be saved to."""
-    path = Path(folder).expanduser()
+    path = Path(folder).expanduser().absolute()
     try:
-        new = not path.exists()
-        _check_room(path, 0)
-        with tempfile.NamedTemporaryFile(dir=path):
+        if path.exists():
+            _check_content(path)
+        # ranks ask at the same time, so that nothing is made or left that another could take for
+        # somebody else's
+        nearest = next(each for each in (path, *path.parents) if each.exists())
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=UNFINISHED):
             pass
-        if new:
-            path.rmdir()
     except OSError as error:
         code = error.errno or errno.EIO
         why = _in_words(0, code, 0) if code == _FOREIGN else os.strerror(code).lower()
@@ -144,10 +145,15 @@ def _tensors(shard: TextShard, owned: Runs, ids: Sequence[int]) -> dict[str, Ten
 def _check_room(folder: Path, needed: int) -> None:
     """Raise OSError unless `folder` is a place for a document of so many bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(map(_foreign, folder.iterdir())) and not (folder / NAME).exists():
-        raise OSError(_FOREIGN, "")
+    _check_content(folder)
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, "")
+
+
+def _check_content(folder: Path) -> None:
+    """Raise OSError if `folder` holds what no save has left, and no document."""
+    if any(map(_foreign, folder.iterdir())) and not (folder / NAME).exists():
+        raise OSError(_FOREIGN, "")
 
 
 def _foreign(path: Path) -> bool:

@@ -265,6 +265,20 @@ def test_answers_to_something_else_are_left_alone(run, asked):
     assert path.read_text() == before
 
 
+def test_files_that_are_no_answers_are_left_alone(run, asked, tmp_path):
+    """Not even half a line of them is dropped."""
+    arguments, path = asked
+    path.write_text("a diary without a line end")
+    for given in (arguments, [a for a in arguments if not a.startswith("questions.path")]):
+        _, err = run(*given, *THREADS, status=2)
+        assert "was begun with another" in err and path.read_text() == "a diary without a line end"
+    path.unlink()
+    questions = arguments[2].partition("=")[2]
+    others = [a for a in arguments if not a.startswith("output.path")]
+    _, err = run(*others, f"output.path={questions}", *THREADS, status=2)
+    assert f"output.path={questions}: is questions.path too" in err
+
+
 # --- several documents
 
 

@@ -490,6 +490,20 @@ def test_star_settings_that_do_not_fit_together(refused, bare, ids_file, argumen
     says(refused(*given, "strategy=star", *arguments), *parts)
 
 
+@pytest.mark.parametrize("name", ["book.txt", "./folder/../book.txt"])
+def test_no_result_takes_the_place_of_an_input(refused, chat, tmp_path, name):
+    book = tmp_path / "book.txt"
+    book.write_text("The ship left.")
+    (tmp_path / "folder").mkdir()
+    asked = [f"model.path={chat}", f"document.path={book}", "question=Who?"]
+    for key in ("output.path", "output.first_logits"):
+        line = refused(*asked, f"{key}={tmp_path}/{name}")
+        says(line, f"{key}=", "is document.path too, which would be overwritten")
+    config = book.rename(tmp_path / "r.config.yaml")
+    line = refused(asked[0], f"document.path={config}", asked[2], f"output.path={tmp_path}/r.json")
+    says(line, "r.config.yaml", "is document.path too")
+
+
 def test_star_blocks_that_were_meant_in_thousands(refused, bare, ids_file):
     given = (f"model.path={bare}", f"document.ids_path={ids_file([5] * 8000)}")
     line = refused(*given, "strategy=star", "strategy.block_size=4")

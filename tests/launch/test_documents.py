@@ -51,6 +51,18 @@ def test_a_saved_document_is_asked_again(run, chat, kept):
         assert sum(result["bytes_sent"]) < sum(first["bytes_sent"])
 
 
+def test_star_is_asked_again_with_the_blocks_that_it_has(run, chat, book, tmp_path):
+    """Of other ranks' share a block would be shorter than its anchor."""
+    folder, two = tmp_path / "kept", [*THREADS, "transport.world_size=2"]
+    given = [f"model.path={chat}", "strategy=star", "strategy.anchor_size=100"]
+    first, _ = run(*given, f"document.path={book}", f"document.save={folder}", *two)
+    eight = [*THREADS, "transport.world_size=8"]
+    again, _ = run(given[0], f"document.load={folder}", *eight)
+    for name in ("answer", "strategy", "block_size", "anchor_size"):
+        assert again[name] == first[name]
+    assert first["context_tokens"] / 8 < 100 <= first["block_size"]
+
+
 @pytest.mark.slow
 def test_so_it_is_by_processes(run, chat, kept, tmp_path):
     folder, first = kept

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ringstar.memory
+import ringstar.paging.pool
 import ringstar.stowed
 from ringstar import CacheConfig, LongContext, UserError, attach
-from ringstar.config import byte_size
+from ringstar.config import Config, ModelConfig, byte_size
 from ringstar.memory import free_memory
+from ringstar.paging import PageTable
 from ringstar.stowed import HostPlace
 from seqpar.process import ProcessWorld
 from tests.support.models import eager, expected, random_ids, tiny_folder
@@ -47,6 +49,24 @@ def check(ring, folder, document):
 def within(ring):
     for engine in ring.group.engines.values():
         assert engine.pool.allocated_nbytes <= engine.pool.limit
+
+
+def refused_and_asked(transport, folder):
+    """An answer after a document that found no room; on a rank of its own."""
+    config = Config(model=ModelConfig(path=folder), cache=budget(80))
+    ring = LongContext.from_config(config, ProcessWorld(transport))
+    kept = ring.encode(documents(1)[0])
+    kept.pin()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"cache\.max_bytes"):
+            ring.encode(documents(2)[1])
+    return ring.ask(kept, QUESTION, max_new_tokens=NEW).ids
+
+
+def test_processes_go_on_after_a_refusal():
+    folder = tiny_folder("llama")
+    want = expected(folder, documents(1)[0] + QUESTION, NEW).ids
+    assert in_processes(2, refused_and_asked, folder) == [want] * 2
 
 
 def test_the_least_recently_used_makes_room():
@@ -85,6 +105,34 @@ def test_pinned_documents_stay_and_others_are_refused_before_anything_goes():
     with pytest.raises(UserError, match="made room"):
         ring.ask(two, QUESTION)
     check(ring, folder, one)
+
+
+def test_shared_pages_are_counted_once_before_anything_goes():
+    """200 tokens do not fit beside nothing; two documents of 100 are one and a few tokens."""
+    folder = tiny_folder("llama")
+    ring = runtime(folder, budget(130), 1)
+    first = documents(1)[0]
+    both = [ring.encode(first), ring.encode([*first, 3, 4, 5, 6])]
+    with pytest.raises(UserError, match=r"^cache\.max_bytes="):
+        ring.encode(random_ids(200, seed=3))
+    for document in both:
+        check(ring, folder, document)
+
+
+def test_memory_that_the_device_does_not_have_leaves_the_pool_as_it_was(monkeypatch):
+    folder = tiny_folder("llama")
+    ring = runtime(folder, budget(1000), 1)
+    pool = ring.group.engines[0].pool
+
+    def none(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ringstar.paging.pool.Storage, "room", none)
+        with pytest.raises(torch.OutOfMemoryError):
+            ring.encode(documents(1)[0])
+    assert pool.free_nbytes == pool.allocated_nbytes == 0
+    check(ring, folder, ring.encode(documents(1)[0]))
 
 
 def test_a_document_that_never_fits_is_refused_before_it_is_encoded():
@@ -179,6 +227,38 @@ def test_what_goes_to_disk_comes_back(family, tmp_path):
     ring.shelf._by_use.clear()
     ring.shelf._by_block.clear()
     ring.group.places.clear()
+    assert not any(place.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_could_not_be_read_back_is_read_again(family, monkeypatch):
+    """A try that failed halfway leaves nothing behind."""
+    folder = tiny_folder(family)
+    ring = runtime(folder, budget(200), 1, chunk_tokens=30)
+    document = ring.encode(documents(1)[0])
+    document.shards[0].stow(HostPlace())
+    calls, write = [], PageTable.write
+
+    def fails_once(table, layer, at, kv):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise OSError("the disk went away")
+        write(table, layer, at, kv)
+
+    monkeypatch.setattr(PageTable, "write", fails_once)
+    with pytest.raises(OSError, match="went away"):
+        ring.ask(document, QUESTION)
+    assert ring.group.engines[0].pool.allocated_nbytes == 0
+    check(ring, folder, document)
+
+
+def test_what_was_put_aside_and_forgotten_is_gone(tmp_path):
+    place = tmp_path / "a place"
+    place.mkdir()
+    ring = runtime(tiny_folder("llama"), budget(70, offload="disk", offload_path=str(place)))
+    kept = [ring.encode(ids) for ids in documents(2)]
+    assert any(place.rglob("*.safetensors"))
+    kept[0].forget()
     assert not any(place.rglob("*.safetensors"))
 
 

@@ -97,6 +97,15 @@ def test_each_part_is_written_once(tmp_path):
     assert kv < sum(path.stat().st_size for path in (to / data.name).iterdir()) < 1.6 * kv
 
 
+def test_a_kept_document_makes_no_room_for_a_question_about_itself(tmp_path):
+    ring = runtime(tiny_folder("llama"))
+    document = ring.encode_kept(IDS, str(tmp_path / "kept"), 2)
+    assert ring.shelf.victims() == [document]
+    assert not ring.shelf.victims([document])
+    document.pin()
+    assert not ring.shelf.victims()
+
+
 def test_progress_is_over_the_whole_and_goes_on(tmp_path):
     ring, shares = runtime(tiny_folder("llama"), 2), []
     interrupted(ring, tmp_path / "kept", parts=5)

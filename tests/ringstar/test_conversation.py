@@ -87,6 +87,18 @@ def test_a_turn_that_failed_leaves_the_turns_before_it():
     check(folder, text, TURNS[2], talk.ask(TURNS[2], max_new_tokens=NEW))
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_turn_that_was_interrupted_is_forgotten(world):
+    """Its tokens may all have been read before anybody heard."""
+    folder = tiny_folder("llama")
+    ring = runtime(folder, world)
+    document = ring.encode(DOCUMENT)
+    talk = ring.converse(document)
+    text = check(folder, DOCUMENT, TURNS[0], talk.ask(TURNS[0], max_new_tokens=NEW))
+    ring.answer(document, TURNS[1], top=talk, before=talk.ids, max_new_tokens=NEW)
+    check(folder, text, TURNS[2], talk.ask(TURNS[2], max_new_tokens=NEW))
+
+
 def test_nothing_of_it_is_saved_or_appended_to(tmp_path):
     folder = tiny_folder("gemma2")
     ring = runtime(folder)

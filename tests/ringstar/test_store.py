@@ -10,6 +10,8 @@ import json
 import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 import ringstar.store.write
 from ringstar import LongContext, UserError
 from ringstar.config import RopeConfig, StarConfig
+from ringstar.store import check_place
 from ringstar.store import manifest as manifests
 from seqpar.process import ProcessWorld
 from tests.support.commands import python
@@ -352,6 +355,16 @@ def test_a_first_save_that_was_killed_is_in_nobodys_way(tmp_path):
     ring = runtime(tiny_folder("llama"))
     ring.save(encoded(ring), str(tmp_path))
     intact(tmp_path, DOCUMENT)
+
+
+def test_ranks_may_look_at_a_place_together(tmp_path):
+    """None of them takes what another makes for somebody else's; nothing stays."""
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new", "new/deeper"):
+        with ThreadPoolExecutor(8) as ranks:
+            look = partial(check_place, "document.save")
+            list(ranks.map(look, [str(tmp_path / name)] * 200))
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_other_folders_are_left_alone(tmp_path):
