@@ -23,12 +23,13 @@ class Fault(RuntimeError):
 class Reporter:
     """Where this process says that it failed: its launcher's store, or standard error.
 
-    Under raw torchrun rank 0 speaks for all unless a rank has a fault of its own; under our
-    launcher (`store`) no rank speaks, and the launcher makes one message of what they reported.
+    Under raw torchrun the first rank of each machine speaks for all of it (what is wrong may be
+    wrong on one alone), unless a rank has a fault of its own; under our launcher (`store`) no rank
+    speaks, and the launcher makes one message of what they reported.
     """
 
-    def __init__(self, rank: int = 0, store: Store | None = None):
-        self.rank, self.store = rank, store
+    def __init__(self, rank: int = 0, store: Store | None = None, *, local_rank: int = 0):
+        self.rank, self.store, self._first = rank, store, local_rank == 0
         self.show_traceback = False
 
     def say(self, status: int, line: str) -> None:
@@ -36,7 +37,7 @@ class Reporter:
             key = f"failed/{self.rank}"
             self.store.set(key, json.dumps([status, line]))
             self.store.check([key])  # its answer proves that the launcher has the line
-        elif self.rank == 0 or status == FAULT:
+        elif self._first or status == FAULT:
             say_line(line)
 
 

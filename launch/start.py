@@ -42,7 +42,8 @@ class RankCommand(Generic[C]):
         if {"-h", "--help"} & set(arguments):
             print(self.help())
             return DONE
-        reporter = Reporter(int(os.environ.get("RANK", "0")))
+        rank = int(os.environ.get("RANK", "0"))
+        reporter = Reporter(rank, local_rank=int(os.environ.get("LOCAL_RANK", rank)))
         return exit_status(lambda: self._start(arguments, reporter), reporter)
 
     def _start(self, arguments: Sequence[str], reporter: Reporter) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # safetensors' names
@@ -20,6 +21,17 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int64: "I64",
 }
+
+
+def stored_dtype(path: Path) -> torch.dtype | None:
+    """Of a file's first floating-point tensor; None if there is none, or the file is damaged."""
+    floating = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
+    try:
+        with safe_open(path, "pt") as file:
+            names = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+            return next((floating[name] for name in names if name in floating), None)
+    except (OSError, SafetensorError):
+        return None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:

@@ -26,6 +26,7 @@ from ringstar.models.modeling import auto_model
 from ringstar.models.quantised import check_quantised, quantised
 from ringstar.models.smollm2 import smollm2_folder
 from ringstar.prompt import PromptFormat, continuing_ids, opening_ids, prompt_format
+from ringstar.tensors import stored_dtype
 
 # transformers patches its classes while it loads, and two loads at once leave them patched
 _LOADING = threading.Lock()
@@ -233,6 +234,9 @@ def find_model(settings: ModelConfig, rope: RopeConfig | None = None) -> ModelFi
     check_family(settings.path, config)
     if not gguf:
         check_quantised(settings.path, config)
+        if getattr(config, "dtype", None) is None:  # the weights say it, as to transformers
+            files = sorted(folder.glob("*.safetensors"))
+            config.dtype = stored_dtype(files[0]) if files else None
     return ModelFiles(folder, gguf, config, _scale(config, gguf, rope or RopeConfig()))
 
 

@@ -4,10 +4,14 @@ Every other family, with the features that make it itself, against one device: a
 The bound is 1e-5, or 20 times what the family's own float32 differs from its float64.
 """
 
+import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import ringstar.passes
 from ringattn import Costs, RingStrategy
@@ -186,3 +190,19 @@ def test_a_seeded_fault_is_caught(monkeypatch, fault):
     assert check(given(runtime(folder, 2), 70, 15, 2)) <= 1
     break_it(monkeypatch)
     assert check(given(runtime(folder, 2), 70, 15, 2)) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_config_that_names_no_dtype_leaves_it_to_the_weights(dtype, tmp_path):
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: weight.to(dtype) for name, weight in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    ring = simulated(str(folder), 2)
+    assert ring.dtype == dtype
+    assert len(ring.ask(ring.encode(random_ids(9)), [5], max_new_tokens=2).ids) == 2
