@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,17 @@ from ringstar.ranks import under_torchrun, world_size_of
 from ringstar.store import saved_ids
 
 STDIN = "-"
+# options that name a text, which may come through a pipe, and those that name any file to read, in
+# whichever command has them
+_TEXTS = ("document.path", "question_path", "questions.path", "score.path")
+INPUTS = (
+    *_TEXTS,
+    "model.path",
+    "document.ids_path",
+    "questions.documents_path",
+    "evaluate.essay_path",
+    "evaluate.qa_path",
+)
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")
 
@@ -87,7 +98,7 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
     Yields the config that names that file, and the options that say the same.
     """
     check_one_reader(config)
-    piped = {key: path for key, path in _text_paths(config).items() if _is_stream(path)}
+    piped = {key: path for key, path in given_paths(config, _TEXTS).items() if _is_stream(path)}
     if not piped:
         yield config, {}
         return
@@ -122,14 +133,13 @@ def each_line(key: str, path: str, form: str, read: Callable[[dict[str, Any]], T
 def _object(text: str, form: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-        json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        why = "holds half a letter: one of \\ud800 to \\udfff without its other half"
-        raise UserError("line", None, why) from error
     except (ValueError, RecursionError) as error:
         raise UserError("line", None, f"is not JSON ({error}); needed: {form}") from error
     if not isinstance(found, dict):
         raise UserError("line", None, f"needed: {form}")
+    if _has_half_letters(json.dumps(found, ensure_ascii=False)):
+        why = "holds half a letter: one of \\ud800 to \\udfff without its other half"
+        raise UserError("line", None, why)
     return found
 
 
@@ -186,8 +196,12 @@ def given_text(key: str, value: str) -> str:
 
 def check_letters(key: str, value: str) -> None:
     """Raise UserError for text of the command line that was not UTF-8."""
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # undecodable bytes become these
+    if _has_half_letters(value):  # undecodable bytes become these
         raise UserError(key, None, "is not UTF-8 text")
+
+
+def _has_half_letters(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _ids_file(key: str, path: str) -> tuple[list[int], list[int] | None]:
@@ -209,18 +223,20 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _text_paths(config: Config) -> dict[str, str]:
-    paths = {"document.path": config.document.path, "question_path": config.question_path}
-    if isinstance(config, AskConfig):
-        paths["questions.path"] = config.questions.path
-    if isinstance(config, ScoreConfig):
-        paths["score.path"] = config.score.path
-    return {key: path for key, path in paths.items() if path is not None}
+def given_paths(config: Config, keys: Sequence[str] = INPUTS) -> dict[str, str]:
+    """Those of the options `keys` that this command has and that were given."""
+    found = {}
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        path = getattr(getattr(config, section, None) if section else config, name, None)
+        if path is not None:
+            found[key] = path
+    return found
 
 
 def check_one_reader(config: Config) -> None:
     """Raise UserError if two options would read standard input."""
-    readers = [key for key, path in _text_paths(config).items() if path == STDIN]
+    readers = [key for key, path in given_paths(config, _TEXTS).items() if path == STDIN]
     if len(readers) > 1:
         raise UserError(readers[1], STDIN, "standard input is the document already")
 

@@ -15,30 +15,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from launch.faults import Fault
+from launch.inputs import STDIN, given_paths
 from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.files import write_atomically
 from ringstar.store import check_place
-
-
-def _read_from(config: Config, key: str) -> str | None:
-    """The value of an option; None if this command has no such option."""
-    section, _, name = key.rpartition(".")
-    return getattr(getattr(config, section, None) if section else config, name, None)
-
-
-# options that name a file to read, in whichever command has them
-_INPUTS = (
-    "model.path",
-    "document.path",
-    "document.ids_path",
-    "question_path",
-    "questions.path",
-    "questions.documents_path",
-    "score.path",
-    "evaluate.essay_path",
-    "evaluate.qa_path",
-)
 
 
 def check_writable(config: Config) -> None:
@@ -61,9 +42,8 @@ def _check_no_input(config: Config) -> None:
     if output.path is not None:
         outputs.append(("output.path", str(config_path(output.path))))
     for key, value in outputs:
-        for read in _INPUTS:
-            given = _read_from(config, read)
-            if value is not None and given not in (None, "-") and _same(value, given):
+        for read, given in given_paths(config).items():
+            if value is not None and given != STDIN and _same(value, given):
                 raise UserError(key, value, f"is {read} too, which would be overwritten")
 
 

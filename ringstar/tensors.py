@@ -24,8 +24,12 @@ DTYPES = {
 
 
 def stored_dtype(path: Path) -> torch.dtype | None:
-    """Of a file's first floating-point tensor; None if there is none, or the file is damaged."""
-    floating = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
+    """Of a file's first floating-point tensor; None if there is none, or the file is damaged.
+
+    8 bits are how weights are kept, not what a model computes in.
+    """
+    wide = [dtype for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize > 1]
+    floating = {DTYPES[dtype]: dtype for dtype in wide}
     try:
         with safe_open(path, "pt") as file:
             names = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
