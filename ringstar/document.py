@@ -103,7 +103,9 @@ class Shelf:
     def victims(self, but: Iterable[Document] = ()) -> list[Document]:
         """What may make room for others, least recently used first."""
         kept = {id(document) for document in (*but, *self.pinned)}
-        return [each for each in self._here() if id(each) not in kept]
+        self._drop_gone()
+        documents = [reference() for reference in list(self._by_use.values())]
+        return [each for each in documents if each is not None and id(each) not in kept]
 
     def beginning(
         self, ids: Sequence[int], fits: Callable[[Document, int], bool]
@@ -127,19 +129,12 @@ class Shelf:
                 return max(fitting, key=lambda pair: pair[1])
         return None
 
-    def _here(self) -> Iterator[Document]:
-        self._drop_gone()
-        for reference in list(self._by_use.values()):
-            document = reference()
-            if document is not None and document.shards[0].is_here:
-                yield document
-
     def _drop_gone(self) -> None:
-        """Forget those that nobody has, or whose KV is gone."""
+        """Forget those that nobody has, or whose KV is gone; ranks in threads do so at once."""
         for key, reference in list(self._by_use.items()):
             document = reference()
             if document is None:
-                del self._by_use[key]
+                self._by_use.pop(key, None)
             elif not document.shards or document.evicted:
                 self.remove(document)
 

@@ -80,9 +80,6 @@ class Group:
 
     def close(self) -> None:
         """Leave the group of ranks."""
-        for place in self.places:
-            if place is not None:
-                place.close()
         for transport in self.ranks.transports:
             transport.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from ringstar.errors import Refusal
 from ringstar.metrics import gather_integers
 from ringstar.paging import Needs, PagePool
 from ringstar.shard import TextShard
-from ringstar.stowed import Place
+from ringstar.stowed import Place, Stowed
 from seqpar import Transport
 
 
@@ -30,27 +31,35 @@ class Victims:
     def next_goes(self, transport: Transport) -> bool:
         """Let the next one go, on all ranks; false if there is none.
 
-        Raises RuntimeError if ranks do not have the same texts.
+        Raises RuntimeError if ranks do not have the same texts; Refusal, before it goes on any
+        rank, if one of them has no place for it.
         """
         (tokens,) = gather_integers(transport, [self._shards[0].tokens if self._shards else 0])
         if not all(tokens):
             return False
         if len(set(tokens)) > 1:
             raise RuntimeError("ranks have different documents: each must make the same calls")
-        shard, failed = self._shards.pop(0), 0
-        try:
-            if self._place is None:
-                shard.evict()
-            else:
-                shard.stow(self._place)
-        except OSError as error:
-            failed = error.errno or 1
-        (codes,) = gather_integers(transport, [failed])
-        if any(codes):
-            rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-            why = f"a document cannot be put there on rank {rank}: {os.strerror(code).lower()}"
-            raise Refusal("cache.offload_path", str(self._place), why)
+        shard = self._shards.pop(0)
+        if self._place is None:
+            shard.evict()
+        else:
+            shard.stow(_copied(transport, shard, self._place))
         return True
+
+
+def _copied(transport: Transport, shard: TextShard, place: Place) -> Stowed:
+    """A copy of the shard in `place`, once every rank has one of its own; else raises Refusal."""
+    copy, failed = None, 0
+    try:
+        copy = shard.copied_to(place)
+    except OSError as error:
+        failed = error.errno or errno.EIO
+    (codes,) = gather_integers(transport, [failed])
+    if copy is None or any(codes):
+        rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+        why = f"a document cannot be put there on rank {rank}: {os.strerror(code).lower()}"
+        raise Refusal("cache.offload_path", str(place), why)
+    return copy
 
 
 def make_room(transport: Transport, pool: PagePool, needs: Needs, victims: Victims) -> None:
@@ -68,7 +77,7 @@ def make_room(transport: Transport, pool: PagePool, needs: Needs, victims: Victi
     while True:
         (missing,) = gather_integers(transport, [pool.missing(needs)])
         if not any(missing):
-            return
+            return pool.plan(needs)
         if not victims.next_goes(transport):
             _refuse_if(transport, pool, missing[transport.rank])
 

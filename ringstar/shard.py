@@ -96,10 +96,14 @@ class TextShard:
         self.cache.release()
         self._stowed, self.evicted = None, True
 
-    def stow(self, place: Place) -> None:
-        """Take its KV out of the pages, to `place`."""
+    def copied_to(self, place: Place) -> Stowed:
+        """A copy of its KV in `place`; raises OSError if there is no room for it."""
         self.rewind()
-        self._stowed = Stowed(self.cache, place)
+        return Stowed(self.cache, place)
+
+    def stow(self, copy: Stowed) -> None:
+        """Give its pages back: its KV is this copy now."""
+        self._stowed = copy
         self.cache.release()
 
     def return_needs(self) -> Needs:

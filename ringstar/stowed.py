@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import weakref
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from safetensors import safe_open
@@ -21,10 +20,6 @@ class Place(Protocol):
 
     def put(self, tensors: dict[str, Tensor]) -> Taken: ...
 
-    def close(self) -> None:
-        """What is there is needed no more."""
-        ...
-
 
 class Taken(Protocol):
     """What was put somewhere."""
@@ -38,9 +33,6 @@ class HostPlace:
     def put(self, tensors: dict[str, Tensor]) -> Taken:
         return _InHost({name: _to_host(tensor) for name, tensor in tensors.items()})
 
-    def close(self) -> None:
-        """Memory is given back with the documents that are in it."""
-
 
 class _InHost:
     def __init__(self, tensors: dict[str, Tensor]):
@@ -51,37 +43,36 @@ class _InHost:
 
 
 class DiskPlace:
-    """A folder of its own, which is gone when the process ends; raises OSError if it is full."""
+    """Files without a name in a folder: however the process ends, they end with it.
 
-    def __init__(self, parent: str | None):
-        self._folder = tempfile.TemporaryDirectory(prefix="ringstar-", dir=parent)
-        self._count = 0
+    Raises OSError if there is no such folder, and where it is full.
+    """
+
+    def __init__(self, folder: str | None):
+        self._folder = Path(folder or tempfile.gettempdir()).expanduser()
+        with self._new_file():
+            pass  # so it can be written
 
     def put(self, tensors: dict[str, Tensor]) -> Taken:
-        self._count += 1
-        path = Path(self._folder.name) / f"{self._count}.safetensors"
-        try:
+        with self._new_file() as file:
+            path = Path(f"/dev/fd/{file.fileno()}")
             write_tensors(path, tensors)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        return _OnDisk(path, self._folder)
-
-    def close(self) -> None:
-        self._folder.cleanup()
+            # mapped, so that it is there as long as this is, without an open file for each text
+            return _OnDisk(safe_open(path, framework="pt"))
 
     def __str__(self) -> str:
-        return self._folder.name
+        return str(self._folder)
+
+    def _new_file(self) -> IO[bytes]:
+        return tempfile.TemporaryFile(dir=self._folder)
 
 
 class _OnDisk:
-    def __init__(self, path: Path, folder: object):
-        self._path, self._folder = path, folder  # which is there as long as somebody has it
-        weakref.finalize(self, path.unlink, missing_ok=True)
+    def __init__(self, file: safe_open):
+        self._file = file
 
     def get(self, name: str) -> Tensor:
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(name)
+        return self._file.get_tensor(name)
 
 
 class Stowed:

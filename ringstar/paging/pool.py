@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,10 +36,15 @@ class Budget:
 
     limit: int | None = None
     used: int = 0
+    groups: list[PageGroup] = field(default_factory=list)
 
     @property
     def left(self) -> int:
         return 1 << 62 if self.limit is None else self.limit - self.used
+
+    def spare(self, group: PageGroup) -> int:
+        """What is left for this group if the others get what was planned for them."""
+        return self.left - sum(each.awaited_nbytes for each in self.groups if each is not group)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ class PageGroup:
         self.page_bytes = page_tokens * self.token_bytes
         self.ledger = Ledger()
         self._storage, self._budget = storage, budget
+        self._planned = 0  # pages that there will be, taken or free
+        budget.groups.append(self)
         self._slabs: list[Slab] = []
         # pages of texts that nobody has any more: these may die in any thread
         self._orphans: deque[list[Run]] = deque()
@@ -118,6 +125,15 @@ class PageGroup:
     def pages(self, tokens: int) -> int:
         """How many hold so many tokens."""
         return -(-tokens // self.page_tokens)
+
+    def plan(self, pages: int) -> None:
+        """So many will be taken next, and nothing else before them."""
+        self._planned = self.ledger.pages - self.ledger.free + pages
+
+    @property
+    def awaited_nbytes(self) -> int:
+        """Bytes that slabs are still to take for what was planned."""
+        return max(0, self._planned - self.ledger.pages) * self.page_bytes
 
     def take(self, pages: int, after: int | None = None, ahead: int = 0) -> list[Run]:
         """So many pages, in one row if that can be, best right after page `after`.
@@ -129,7 +145,7 @@ class PageGroup:
         pages -= token_count(tuple(taken))
         if not pages:
             return taken
-        place = self.ledger.find(pages + ahead) or self._new_slab(pages, ahead)
+        place = self.ledger.find(pages + ahead) or self._spare_slab(pages, ahead)
         place = place or self.ledger.find(pages)
         if place is not None:
             return [*taken, self.ledger.take(Run(place.start, place.start + pages))]
@@ -141,10 +157,10 @@ class PageGroup:
 
     def fresh(self, pages: int, ahead: int) -> Run | None:
         """So many pages in a new slab, with `ahead` free ones after them; None if over budget."""
-        if self._budget.left < (pages + ahead) * self.page_bytes:
+        affordable = self._budget.spare(self) // self.page_bytes
+        if affordable < pages + ahead:
             return None
-        slab = self._new_slab(pages, ahead)
-        assert slab is not None
+        slab = self._add_slab(pages + ahead)
         return self.ledger.take(Run(slab.start, slab.start + pages))
 
     def lacking(self, pages: int) -> int:
@@ -190,15 +206,15 @@ class PageGroup:
         free = min(pages, self.ledger.follows(page))
         return [self.ledger.take(Run(page + 1, page + 1 + free))] if free else []
 
-    def _new_slab(self, pages: int, ahead: int) -> Run | None:
-        """Memory for so many pages, and as many of those `ahead` as the budget has."""
-        affordable = self._budget.left // self.page_bytes
-        if affordable < pages:
-            return None
-        count = min(pages + ahead, affordable)
-        tokens = count * self.page_tokens
+    def _spare_slab(self, pages: int, ahead: int) -> Run | None:
+        """Memory for so many pages, and as many of those `ahead` as the budget has to spare."""
+        affordable = self._budget.spare(self) // self.page_bytes
+        return self._add_slab(min(pages + ahead, affordable)) if affordable >= pages else None
+
+    def _add_slab(self, pages: int) -> Run:
+        tokens = pages * self.page_tokens
         layers = {shape.layer: self._storage.room(shape, tokens) for shape in self.shapes}
-        slab = self.ledger.add_slab(count)  # once there is memory for it
+        slab = self.ledger.add_slab(pages)  # once there is memory for it
         self._slabs.append(Slab(slab.start, layers))
         self._budget.used += len(slab) * self.page_bytes
         return slab
@@ -206,9 +222,11 @@ class PageGroup:
     def _fragments(self, pages: int) -> list[Run]:
         """Pages from wherever some are free, and from what memory is left."""
         missing = pages - self.ledger.free
-        if missing > 0 and self._new_slab(missing, 0) is None:
+        if missing > 0:
             needed, left = missing * self.page_bytes, self._budget.left
-            raise CacheFull(f"{needed:,} bytes of KV more are needed, {left:,} are left")
+            if needed > left:
+                raise CacheFull(f"{needed:,} bytes of KV more are needed, {left:,} are left")
+            self._add_slab(missing)
         taken: list[Run] = []
         while pages:
             place = self.ledger.largest()
@@ -241,6 +259,11 @@ class PagePool:
             for window, group in self.groups.items()
         )
         return max(0, lacking - self._budget.left) if lacking else 0
+
+    def plan(self, pages: Mapping[int | None, int]) -> None:
+        """So many will be taken next: no window's layers get what others will need."""
+        for window, group in self.groups.items():
+            group.plan(pages.get(window, 0))
 
     @property
     def allocated_nbytes(self) -> int:

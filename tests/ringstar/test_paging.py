@@ -110,6 +110,16 @@ class Pages(RuleBasedStateMachine):
             return
         assert not table.lacks(tokens)
 
+    @rule(text=texts, tokens=st.integers(1, 30), windows=st.permutations([None, WINDOW]))
+    def reserve_all(self, text, tokens, windows):
+        tables = text["tables"]
+        needs = {window: tables[window].needs(tokens) for window in windows}
+        if self.pool.missing(needs):
+            return
+        self.pool.plan(needs)
+        for window in windows:  # room that was found for all is there for each
+            tables[window].reserve(tokens, ahead=tokens)
+
     @rule(text=texts, position=st.integers(0, 40))
     def drop(self, text, position):
         table, holds = text["tables"][WINDOW], text["holds"][WINDOW]
@@ -135,6 +145,7 @@ class Pages(RuleBasedStateMachine):
     def fork(self, text, below):
         needs = {window: table.fork_needs(below) for window, table in text["tables"].items()}
         fits = not self.pool.missing(needs)
+        self.pool.plan(needs)
         try:
             tables = {window: table.fork(below) for window, table in text["tables"].items()}
         except CacheFull:
@@ -302,6 +313,23 @@ def test_what_a_window_left_is_given_back_page_by_page():
     slab = table.pages
     table.compact(ahead=0)
     assert table.pages != slab and made.allocated_nbytes == 3 * PAGE_BYTES[WINDOW]
+
+
+def test_one_window_leaves_memory_that_is_planned_for_another():
+    many = pool(13 * PAGE_BYTES[None])
+    texts = [PageTable(many.groups[None]) for _ in range(10)]
+    texts[0].reserve(PAGE, ahead=9 * PAGE)
+    for text in texts[1:]:
+        text.reserve(PAGE)
+    for text in texts[::2]:
+        text.release()  # five pages, no two in a row
+    needs = {None: 3, WINDOW: 6}
+    assert many.missing(needs) == 0 < many.missing({None: 3, WINDOW: 7})
+    many.plan(needs)
+    text = ShardedCache(many)
+    text.of(None).reserve(3 * PAGE, ahead=PAGE)
+    text.of(WINDOW).reserve(6 * PAGE)
+    assert many.allocated_nbytes == many.limit
 
 
 def test_nothing_is_taken_beyond_the_budget():

@@ -104,7 +104,7 @@ def test_saved_put_aside_copied_and_appended(dtype, tmp_path):
     assert again.cached_tokens == len(DOCUMENT)
     for shard, place in zip(again.shards, ring.group.places, strict=True):
         assert place is None
-        shard.stow(DiskPlace(str(tmp_path)))
+        shard.stow(shard.copied_to(DiskPlace(str(tmp_path))))
     answer = ring.ask(again, QUESTION, max_new_tokens=8)
     assert answer.ids == first.ids
     longer = ring.append(again, random_ids(20, seed=8))
