@@ -30,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch.answers import AnswerLog, answered, check_begun
+from launch.answers import AnswerLog, answered, check_typed_before
 from launch.encode import encoded_document
 from launch.help import help_text
 from launch.inputs import STDIN, Request, check_one_reader, read_context
@@ -79,9 +79,9 @@ def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list
         world = config.launch.nproc or world_size_of(config.transport)
         sizes = {name: len(entry.ids) for name, entry in entries.items()}
         questions = read_questions(config, files, sizes, world)
-        answered(config, questions)
+        answered(config, entries, questions)
     else:
-        check_begun(config)
+        check_typed_before(config, entries[ONLY])
     return files, entries, questions
 
 
@@ -118,10 +118,12 @@ def _answer_file(
     config: AskConfig, runtime: LongContext, library: Library, questions: list[Question]
 ) -> None:
     first = runtime.rank == 0
-    done = json.loads(_of_rank_0(runtime, json.dumps(answered(config, questions))) or "[]")
+    done = json.loads(
+        _of_rank_0(runtime, json.dumps(answered(config, library.entries, questions))) or "[]"
+    )
     if first and done:
         log.info(f"{len(done)} of {len(questions)} questions are answered in {config.output.path}")
-    answers = AnswerLog(config) if first else None
+    answers = AnswerLog(config, library.entries) if first else None
     shown = first and sys.stderr.isatty() and config.output.path is not None
     before: dict[str, list[Turn]] = {}
     for question, answer_ids in zip(questions, done, strict=False):
@@ -130,12 +132,13 @@ def _answer_file(
     for question in tqdm(questions[len(done) :], "questions", disable=not shown, leave=False):
         answer = ask(question.document, question.asked)
         if answers is not None:
-            answers.add(question.line, answer)
+            answers.add(question.line, answer, question.document)
 
 
 def _answer_typed(config: AskConfig, runtime: LongContext, library: Library) -> None:
     """Until the end of standard input; every rank hears the same."""
-    answers = AnswerLog(config) if runtime.rank == 0 and config.output.path is not None else None
+    kept = runtime.rank == 0 and config.output.path is not None
+    answers = AnswerLog(config, library.entries) if kept else None
     lines = typed_lines(config.transport.timeout_s) if runtime.rank == 0 else iter(())
     ask = asker(config, runtime, library)
     while (question := _of_rank_0(runtime, next(lines, None))) is not None:
@@ -150,7 +153,7 @@ def _answer_typed(config: AskConfig, runtime: LongContext, library: Library) -> 
         if runtime.rank == 0:
             print_piece("\n" if runtime.files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
         if answers is not None:
-            answers.add({"question": question}, answer)
+            answers.add({"question": question}, answer, ONLY)
 
 
 def asker(

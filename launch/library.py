@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,11 @@ class Entry:
 
     ids: list[int]
     load: str | None
+
+    @property
+    def sha256(self) -> str:
+        """Of its token ids."""
+        return hashlib.sha256(array("q", self.ids)).hexdigest()
 
 
 def read_entries(config: AskConfig, files: ModelFiles) -> dict[str, Entry]:
@@ -86,7 +93,8 @@ class Library:
     """
 
     def __init__(self, runtime: LongContext, entries: dict[str, Entry], longest: dict[str, int]):
-        self._runtime, self._entries, self._longest = runtime, entries, longest
+        self.entries = entries
+        self._runtime, self._longest = runtime, longest
         self._documents: dict[str, Document] = {}
         self._talks: dict[str, Conversation] = {}
 
@@ -115,7 +123,7 @@ class Library:
         self._documents[name] = document
 
     def _made(self, name: str) -> Document:
-        entry = self._entries[name]
+        entry = self.entries[name]
         if entry.load is not None:
             return self._runtime.load(entry.load)
         with encode_bar(len(entry.ids), shown=self._runtime.rank == 0) as on_progress:

@@ -24,6 +24,8 @@ RESULT_FIELDS = (
     "query_tokens",
     "ttft_s",
     "tpot_s",
+    "document_sha256",
+    "block_size",
 )
 # the name of a document that is the only one
 ONLY = ""

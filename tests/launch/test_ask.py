@@ -88,7 +88,7 @@ def test_follow_ups_see_what_came_before_also_when_a_run_goes_on(run, asked, cha
         run(*arguments, *THREADS, "questions.follow_up=true")
         assert [a["answer_ids"] for a in json_lines(path)] == [a["answer_ids"] for a in whole]
     _, err = run(*arguments, *THREADS, status=2)
-    assert "was begun with another questions" in err
+    assert "was begun with another questions.follow_up" in err
 
 
 @pytest.mark.slow
@@ -249,12 +249,12 @@ def test_standard_input_is_read_once(asked, run, book):
 
 def test_answers_to_something_else_are_left_alone(run, asked):
     arguments, path = asked
-    path.write_text('{"question": "Another?", "answer": ""}\n')
-    _, err = run(*arguments, *THREADS, status=2)
-    assert f"output.path={path}:1: answers another question" in err
-    path.unlink()
     run(*arguments, *THREADS)
     before = path.read_text()
+    path.write_text('{"question": "Another?", "answer": ""}\n')
+    _, err = run(*arguments, *THREADS, status=2)
+    assert f"output.path={path}:1: is about another question" in err
+    path.write_text(before)
     changed = [a for a in arguments if not a.startswith("generation")]
     _, err = run(*changed, "generation.max_new_tokens=9", *THREADS, status=2)
     assert "was begun with another generation (answers =1.config.yaml)" in err
@@ -263,6 +263,43 @@ def test_answers_to_something_else_are_left_alone(run, asked):
     _, err = run(*arguments, *THREADS, status=2)
     assert "has 3 answers to 1 questions" in err
     assert path.read_text() == before
+
+
+def test_what_a_document_says_counts_not_where_it_is(run, asked, tmp_path, book, monkeypatch):
+    arguments, path = asked
+    run(*arguments, *THREADS)
+    before = path.read_text()
+    path.write_text(before[: before.index("\n") + 1])
+    others = [a for a in arguments if not a.startswith("document.path")]
+    text = Path(book).read_text()
+    (tmp_path / "copy").write_text(text)
+    (tmp_path / "edited").write_text(text.replace("a", "e", 1))
+    typed = [a for a in others if not a.startswith("questions.path")]
+    for given in (others, typed):
+        _, err = run(*given, f"document.path={tmp_path / 'edited'}", *THREADS, status=2)
+        assert f"output.path={path}:1: is about another document" in err
+    _, err = run(*others, f"document.path={tmp_path / 'copy'}", *THREADS)
+    assert "1 of 3 questions are answered" in err and len(json_lines(path)) == 3
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    done = path.read_text()
+    run(*others, "document.path=-", *THREADS)
+    assert path.read_text() == done
+
+
+def test_star_goes_on_with_blocks_of_the_same_size(run, asked):
+    arguments, path = asked
+    star = ["strategy=star", "transport=threads", "transport.threads_per_rank=1"]
+    run(*arguments, *star, "transport.world_size=2")
+    done = path.read_text()
+    _, err = run(*arguments, *star, "transport.world_size=3", status=2)
+    assert f"output.path={path}:1: is about another block_size" in err
+    size = json.loads(done.splitlines()[0])["block_size"]
+    path.unlink()
+    sized = [*star, f"strategy.block_size={size}"]
+    run(*arguments, *sized, "transport.world_size=2")
+    done = path.read_text()
+    run(*arguments, *sized, "transport.world_size=3")
+    assert path.read_text() == done
 
 
 def test_files_that_are_no_answers_are_left_alone(run, asked, tmp_path):
