@@ -46,7 +46,7 @@ from ringstar.config import AskConfig
 from ringstar.errors import UserError
 from ringstar.exchange import text_of_rank_0
 from ringstar.models import ModelFiles
-from ringstar.ranks import make_ranks, world_size_of
+from ringstar.ranks import make_ranks, under_torchrun, world_size_of
 from ringstar.runtime import LongContext
 
 log = logging.getLogger("ringstar")
@@ -118,9 +118,8 @@ def _answer_file(
     config: AskConfig, runtime: LongContext, library: Library, questions: list[Question]
 ) -> None:
     first = runtime.rank == 0
-    done = json.loads(
-        _of_rank_0(runtime, json.dumps(answered(config, library.entries, questions))) or "[]"
-    )
+    found = json.dumps(answered(config, library.entries, questions))
+    done = json.loads(_of_rank_0(runtime, found) or "[]")
     if first and done:
         log.info(f"{len(done)} of {len(questions)} questions are answered in {config.output.path}")
     answers = AnswerLog(config, library.entries) if first else None
@@ -139,7 +138,9 @@ def _answer_typed(config: AskConfig, runtime: LongContext, library: Library) -> 
     """Until the end of standard input; every rank hears the same."""
     kept = runtime.rank == 0 and config.output.path is not None
     answers = AnswerLog(config, library.entries) if kept else None
-    lines = typed_lines(config.transport.timeout_s) if runtime.rank == 0 else iter(())
+    # nobody is there to put the terminal in order after a rank of torchrun's that was stopped
+    edited = config.launch.report is not None or not under_torchrun()
+    lines = typed_lines(config.transport.timeout_s, edited) if runtime.rank == 0 else iter(())
     ask = asker(config, runtime, library)
     while (question := _of_rank_0(runtime, next(lines, None))) is not None:
         if not question.strip():

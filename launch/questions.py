@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import queue
 import sys
 import threading
@@ -9,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.inputs import each_line, is_ids
+from launch.inputs import check_letters, each_line, is_ids
 from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles
+
+log = logging.getLogger("ringstar")
 
 _FORM = '{"question": "..."} or {"query_ids": [...]}, and whatever else, one on each line'
 # what an answer adds to the line of its question
@@ -86,10 +90,14 @@ def _question(line: dict[str, Any], files: ModelFiles, documents: Mapping[str, i
     return Question(line, ids, name)
 
 
-def typed_lines(patience_s: float) -> Iterator[str]:
-    """What is typed, line by line; an empty one now and then while nobody types."""
+def typed_lines(patience_s: float, edited: bool) -> Iterator[str]:
+    """What is typed, line by line; an empty one now and then while nobody types.
+
+    Lines that are `edited` can be edited and remembered where they come from a terminal, which is
+    in another state meanwhile: see `launch.terminal`.
+    """
     lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
+    threading.Thread(target=_read_lines, args=(lines, edited), daemon=True).start()
     while True:
         try:
             line = lines.get(timeout=min(_IDLE_S, patience_s / 3))
@@ -101,13 +109,25 @@ def typed_lines(patience_s: float) -> Iterator[str]:
         yield line
 
 
-def _read_lines(lines: queue.Queue[str | None]) -> None:
-    """`input()` edits lines and remembers them, and cannot be interrupted: so, in a thread."""
+def _read_lines(lines: queue.Queue[str | None], edited: bool) -> None:
+    """`input()` cannot be interrupted: so, in a thread."""
     asks = "? " if sys.stdin.isatty() else ""
-    if asks:
+    if asks and edited:
         import readline  # noqa: F401 - gives input() its editing
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # or such a byte would end it all
     try:
         while True:
-            lines.put(input(asks))
+            lines.put(_checked(input(asks)))
     except (EOFError, OSError, ValueError):
         lines.put(None)
+
+
+def _checked(line: str) -> str:
+    """Empty, and said to be wrong, if it is no text."""
+    try:
+        check_letters("question", line)
+    except UserError as error:
+        log.info(str(error))
+        return ""
+    return line

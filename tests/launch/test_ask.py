@@ -5,7 +5,13 @@ Many questions about one document: from a file, in order and resumable; or typed
 
 import io
 import json
+import os
+import pty
+import signal
+import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +21,7 @@ from launch.generate import main as generate
 from launch.questions import RESULT_FIELDS
 from ringstar import LongContext
 from ringstar.exchange import text_of_rank_0
-from tests.support.commands import THREADS, json_lines, python
+from tests.support.commands import THREADS, environment, json_lines, python
 from tests.support.ranks import in_processes, in_threads
 
 COMMAND = launch.ask
@@ -126,6 +132,40 @@ def test_so_they_are_by_simulated_ranks(asked, run, monkeypatch):
     kept = [argument for argument in arguments if not argument.startswith("questions")]
     monkeypatch.setattr(sys, "stdin", io.StringIO(TYPED))
     check_typed(path, *run(*kept, *THREADS))
+
+
+def test_a_line_that_is_no_text_is_said_and_passed_over(asked, run, monkeypatch):
+    arguments, path = asked
+    kept = [argument for argument in arguments if not argument.startswith("questions")]
+    typed = io.TextIOWrapper(io.BytesIO(b"Who left?\nWhat \xff name?\nWhat name?\n"))
+    monkeypatch.setattr(sys, "stdin", typed)
+    _, err = run(*kept, *THREADS)
+    assert "question: is not UTF-8 text" in err
+    assert [answer["question"] for answer in json_lines(path)] == ["Who left?", "What name?"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [THREADS, ["launch.nproc=2"]], ids=["threads", "gloo"])
+def test_ctrl_c_leaves_the_terminal_as_it_was(asked, how):
+    kept = [argument for argument in asked[0] if not argument.startswith(("questions", "output"))]
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    before = termios.tcgetattr(terminal)
+    command = [sys.executable, "-m", "launch.ask", *kept, *how]
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    with subprocess.Popen(command, env=environment(), start_new_session=True, **streams) as run:
+        shown = b""
+        while b"? " not in shown:
+            assert run.poll() is None, shown
+            shown += os.read(controller, 1 << 16)
+        deadline = time.monotonic() + 60
+        while termios.tcgetattr(terminal) == before:  # it is about to edit a line
+            assert time.monotonic() < deadline
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130
+    assert termios.tcgetattr(terminal) == before
+    os.close(terminal)
+    os.close(controller)
 
 
 KILLED = """
