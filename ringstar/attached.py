@@ -26,7 +26,7 @@ from ringstar.config import (
     config_of,
 )
 from ringstar.engine import OnProgress, RankEngine
-from ringstar.errors import UserError, in_a_line
+from ringstar.errors import Refusal, UserError, in_a_line
 from ringstar.memory import make_pool
 from ringstar.models import (
     causal_output,
@@ -194,7 +194,15 @@ class Attached:
             return self._extend_and_read(transport, texts, new, last)
 
         past.whole = False
-        logits = run_or_refuse(self._ranks, forward)[0]
+        try:
+            logits = run_or_refuse(self._ranks, forward)[0]
+        except Refusal:  # often before anything was added
+            past.whole = all(
+                shard.tokens == start
+                for shards in past.shards.values()
+                for shard, start in zip(shards, seen or [0] * len(new), strict=True)
+            )
+            raise
         past.columns, past.whole = columns, True
         shaped = logits.clone().view(len(new), last, -1).to(self._model.dtype)
         output = causal_output(shaped, None if use_cache is False else past)

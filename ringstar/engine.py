@@ -127,9 +127,9 @@ class RankEngine:
         `length` counts the positions of the whole texts, if they are longer than known so far.
         """
         owned, plan = strategy.plan([s.span(len(ids)) for s, ids in zip(shards, new, strict=True)])
+        self._reserve_encode(shards, plan, victims)
         for shard, ids in zip(shards, new, strict=True):
             shard.length = max(shard.length, shard.tokens + len(ids), length)
-        self._reserve_encode(shards, plan, victims)
         progress = _Progress(self.model, plan, on_progress)
         for number, extension in enumerate(plan, 1):
             self._transport.publish(f"encode chunk {number} of {len(plan)}")

@@ -5,6 +5,7 @@ gloo moves CUDA tensors through host copies, so that several ranks can share one
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ class ProcessTransport(Transport):
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout_s)
         self.name = str(dist.get_backend(group))
         self._group, self._store = group, store
+        self._parts: list[dist.ProcessGroup] = []
         self._mesh: LocalMesh | None = None
         needed = self.name == "gloo" and device.type != "cpu"
         self._staged = needed if staged is None else staged
@@ -54,6 +56,7 @@ class ProcessTransport(Transport):
     def subgroup(self, ranks: Sequence[int]) -> Transport:
         members = [dist.get_global_rank(self._group, rank) for rank in ranks]
         group = dist.new_group(members, use_local_synchronization=True)
+        self._parts.append(group)
         return ProcessTransport(group, self._store, self.device, self.timeout_s, self._staged)
 
     def barrier(self) -> None:
@@ -71,8 +74,13 @@ class ProcessTransport(Transport):
     def close(self) -> None:
         if self._mesh is not None:
             self._mesh.close()
-        if dist.is_initialized():
-            dist.destroy_process_group(self._group)  # the default group takes all others with it
+        if not dist.is_initialized():
+            return
+        others = dist.distributed_c10d._world.pg_map.keys() - {self._group, *self._parts}
+        if self._group is dist.group.WORLD and others:
+            atexit.register(_end_world)  # which would take those of other connections with it
+        else:
+            dist.destroy_process_group(self._group)
 
     def abandon(self) -> None:
         if self._mesh is not None:
@@ -277,6 +285,11 @@ def _group(
     )
     assert dist.group.WORLD is not None
     return dist.group.WORLD, store
+
+
+def _end_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _unused(store: dist.Store, rank: int) -> dist.Store:

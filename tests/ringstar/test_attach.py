@@ -77,6 +77,25 @@ def prompt(tokens, seed=0):
 # --- the same as one device
 
 
+def test_what_found_no_room_leaves_a_past_that_can_go_on(attached):
+    folder = tiny_folder("llama")
+    token = 2 * 2 * 2 * 16 * 4
+    model = attached(folder, 2, cache=CacheConfig(max_bytes=600 * token, page_tokens=4))
+    past = ShardedPast()
+    for tokens in (0, 60):
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"cache\.max_bytes"):
+                model(prompt(3000), past_key_values=past, use_cache=True, logits_to_keep=1)
+            assert past.get_seq_length() == tokens
+        if not tokens:
+            model(prompt(60), past_key_values=past, use_cache=True, logits_to_keep=1)
+    more = prompt(7, seed=1)
+    got = model(more, past_key_values=past, use_cache=True, logits_to_keep=1).logits
+    ringstar.detach(model)
+    want = loaded(folder)(torch.cat([prompt(60), more], dim=1), logits_to_keep=1).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_returns_what_one_device_returns(family, world, attached):
@@ -806,6 +825,16 @@ attach_again()
 assert dist.is_initialized()
 dist.barrier()
 dist.destroy_process_group()
+
+other = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+for each in (model, other):
+    ringstar.attach(each)
+ringstar.detach(model)  # whose connection came first
+for each in (other, model):
+    ids = each.generate(torch.arange(40)[None], max_new_tokens=8, do_sample=False)
+    if dist.get_rank() == 0:
+        print("two", ids[0, 40:].tolist())
+ringstar.detach(other)
 """
 
 
@@ -817,4 +846,5 @@ def test_scripts_under_torchrun_attach_again_and_keep_their_group(tmp_path):
     want = plain(folder, tuple(range(40)), max_new_tokens=8)[0, 40:].tolist()
     run = python(*TORCHRUN, "3", "script.py", folder, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == [f"3 {want}"] * 6
+    assert run.stdout.splitlines() == [f"3 {want}"] * 6 + [f"two {want}"] * 2
+    assert "destroy_process_group" not in run.stderr
