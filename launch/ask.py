@@ -103,6 +103,7 @@ def run_rank(config: AskConfig, phases: Any) -> None:
     longest: dict[str, int] = {}
     for question in questions:
         longest[question.document] = max(longest.get(question.document, 0), len(question.ids))
+    _check_lengths(config, runtime, entries, questions)
     library = Library(runtime, entries, longest)
     if ONLY in entries:
         request = Request(entries[ONLY].ids, [0] * longest.get(ONLY, 0))
@@ -112,6 +113,19 @@ def run_rank(config: AskConfig, phases: Any) -> None:
     else:
         _answer_typed(config, runtime, library)
     runtime.close()
+
+
+def _check_lengths(
+    config: AskConfig, runtime: LongContext, entries: dict[str, Entry], questions: list[Question]
+) -> None:
+    """Raise UserError now if a document would have to be encoded for each question anew."""
+    lengths: dict[str, list[int]] = {}
+    for question in () if config.questions.follow_up else questions:
+        entry = entries[question.document]
+        if entry.load is None:
+            lengths.setdefault(question.document, []).append(len(entry.ids) + len(question.ids))
+    for some in lengths.values():
+        runtime.check_lengths(some)
 
 
 def _answer_file(

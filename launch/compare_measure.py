@@ -72,6 +72,7 @@ class Measurement:
 
     def run(self) -> list[Measured]:
         """Exact, then every setting of star, in the order of the plan."""
+        self._check_lengths()
         self._runtime.encode(self._plan.document[:_WARM_UP_TOKENS])
         found = []
         for setting in self._plan.settings:
@@ -80,7 +81,7 @@ class Measurement:
         return found
 
     def _measure(self, setting: Setting) -> Measured:
-        document = self._encode(self._plan.document, setting)
+        document = self._encode(self._plan.document, self._read, setting)
         metrics = document.metrics
         seen = Measured(setting, document.encode_s, metrics.kv_bytes, metrics.bytes_sent)
         for question in self._plan.questions:
@@ -120,7 +121,7 @@ class Measurement:
         into.append(Divergence(kl.tolist(), same.tolist()))
 
     def _search(self, haystack: Haystack, seen: Measured) -> None:
-        document = self._encode(haystack.ids, seen.setting)
+        document = self._encode(haystack.ids, self._asked(haystack), seen.setting)
         seen.trial_encode_s.append(document.encode_s)
         findings = []
         for needle in haystack.needles:
@@ -129,9 +130,30 @@ class Measurement:
             findings.append(Finding(answer.text, is_found(fact, answer.text)))
         seen.trials.append(findings)
 
-    def _encode(self, ids: Sequence[int], setting: Setting) -> Document:
+    def _check_lengths(self) -> None:
+        """Raise UserError now if a document would have to be encoded for each question anew."""
+        self._length(self._plan.document, self._read)
+        for haystack in self._plan.haystacks:
+            self._length(haystack.ids, self._asked(haystack))
+
+    @property
+    def _read(self) -> list[int]:
+        """The tokens that are read after the document: questions, with answers, and passages."""
+        new = self._runtime.config.generation.max_new_tokens
+        asked = [len(question.ids) + more for question in self._plan.questions for more in (0, new)]
+        return asked + [len(passage.ids) for passage in self._plan.passages]
+
+    def _asked(self, haystack: Haystack) -> list[int]:
+        files = self._runtime.files
+        return [len(files.query_ids(needle.fact.question)) for needle in haystack.needles]
+
+    def _length(self, ids: Sequence[int], read: Sequence[int]) -> int:
+        return self._runtime.check_lengths([len(ids) + tokens for tokens in read])
+
+    def _encode(self, ids: Sequence[int], read: Sequence[int], setting: Setting) -> Document:
+        length = self._length(ids, read)
         with self._bar.encode(setting.label, len(ids)) as on_progress:
-            return self._runtime.encode(ids, on_progress, strategy=setting.strategy)
+            return self._runtime.encode(ids, on_progress, strategy=setting.strategy, length=length)
 
     def _ask(self, document: Document, query_ids: Sequence[int]) -> Answer:
         with self._bar.question(self._runtime.config.generation.max_new_tokens):

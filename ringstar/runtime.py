@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -606,6 +606,21 @@ class LongContext:
         check_fits(config, self.files, document.encoded_by, document.tokens, query, new)
         read = document.tokens + query
         self._check_rope(document, read, f"encode it with length={read} for this question")
+
+    def check_lengths(self, lengths: Collection[int]) -> int:
+        """The longest; UserError unless one encoded document can begin texts of all these tokens.
+
+        It is encoded with this `length`.
+        """
+        longest = max(lengths)
+        for length in lengths:
+            if not self.group.any_engine.same_rope(longest, length):
+                why = (
+                    "this model's rotary embedding depends on the length of the text: with what is"
+                    f" read after it, it would be encoded for {length} tokens and for {longest}"
+                )
+                raise UserError("document", None, f"{why}; ask in runs of their own")
+        return longest
 
     def _check_rope(self, document: Document, length: int, instead: str) -> None:
         engine = self.group.any_engine

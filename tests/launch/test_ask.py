@@ -22,6 +22,7 @@ from launch.questions import RESULT_FIELDS
 from ringstar import LongContext
 from ringstar.exchange import text_of_rank_0
 from tests.support.commands import THREADS, environment, json_lines, python
+from tests.support.models import LONGROPE, tiny_folder
 from tests.support.ranks import in_processes, in_threads
 
 COMMAND = launch.ask
@@ -340,6 +341,19 @@ def test_star_goes_on_with_blocks_of_the_same_size(run, asked):
     done = path.read_text()
     run(*arguments, *sized, "transport.world_size=3")
     assert path.read_text() == done
+
+
+def test_questions_that_rope_keeps_apart_are_refused_before_the_encode(run, tmp_path, monkeypatch):
+    ids, questions = tmp_path / "ids.json", tmp_path / "questions.jsonl"
+    ids.write_text(json.dumps({"context_ids": [5, 6, 7] * 25}))
+    given = [f"model.path={tiny_folder('phi3', **LONGROPE)}", f"document.ids_path={ids}", *THREADS]
+    given += [f"questions.path={questions}", "generation.max_new_tokens=2"]
+    for lengths, status in (((7, 9), 0), ((2, 3), 0), ((3, 7), 2)):
+        questions.write_text("\n".join(json.dumps({"query_ids": [4] * n}) for n in lengths))
+        if status:
+            monkeypatch.setattr(LongContext, "encode", None)
+        _, err = run(*given, status=status)
+    assert "this model's rotary embedding depends on the length of the text" in err
 
 
 def test_files_that_are_no_answers_are_left_alone(run, asked, tmp_path):

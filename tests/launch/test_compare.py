@@ -34,7 +34,7 @@ from ringstar.models import find_model
 from ringstar.runtime import LongContext
 from tests.support.chat import LIMIT, LINES, chat_folder
 from tests.support.commands import THREADS, python
-from tests.support.models import tiny_folder
+from tests.support.models import DYNAMIC, LONGROPE, tiny_folder
 
 COMMAND = launch.compare
 SMALL = [*THREADS, "generation.max_new_tokens=6", "compare.probes=3", "compare.probe_tokens=9"]
@@ -316,6 +316,20 @@ def test_help_says_what_it_is(run):
         assert part in out
     assert "strategy" not in out
     assert err == ""
+
+
+def test_rope_by_length_is_that_of_the_longest_read(run, tmp_path):
+    """Of 81 positions and more; where questions differ in it, nothing is encoded."""
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps({"context_ids": [5, 6, 7] * 25, "query_ids": [9] * 7}))
+    given = [f"document.ids_path={ids}", *SMALL, "compare.star=block_size=30"]
+    run(f"model.path={tiny_folder('phi3', **LONGROPE)}", *given)
+    for family, changes in (("phi3", LONGROPE), ("llama", DYNAMIC)):
+        folder = tiny_folder(family, **changes)
+        fewer = [each.replace("probe_tokens=9", "probe_tokens=4") for each in given]
+        more = [f"model.path={folder}", "model.allow_beyond_limit=true"]
+        _, err = run(*more, *fewer, status=2)
+        assert "document: this model's rotary embedding depends on the length" in err
 
 
 # -- what is refused, before weights are read ----------------------------------------------------
