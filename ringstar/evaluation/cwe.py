@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from ringstar.evaluation.haystacks import first_of
@@ -10,10 +11,19 @@ from ringstar.evaluation.material import Material
 from ringstar.evaluation.samples import Draft, Prompt, seeded
 
 COMMON = 10
-# how often a common word and another one appear
-LONG, SHORT, EXAMPLE = (30, 3), (6, 1), (3, 1)
 SHORT_BELOW = 4096
-_EXAMPLE_OTHERS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How often a common word and another one appear; so in the example, with so many others."""
+
+    often: tuple[int, int]
+    shown_often: tuple[int, int]
+    shown_others: int
+
+
+LONG, SHORT = Counts((30, 3), (10, 3), 30), Counts((6, 1), (3, 1), 10)
 _INSTRUCTION = (
     "Below is a numbered list of words. In these words, some appear more often than others."
     " Memorize the ones that appear most often."
@@ -30,18 +40,18 @@ class CommonWords:
     ) -> Iterator[Draft]:
         """One draft."""
         words = material.words.distinct(seeded(name))
-        shown, others = (list(islice(words, count)) for count in (COMMON, _EXAMPLE_OTHERS))
-        listed = _listed(shown, others, EXAMPLE, f"{name}/example")
+        counts = SHORT if length < SHORT_BELOW else LONG
+        shown, others = (list(islice(words, count)) for count in (COMMON, counts.shown_others))
+        listed = _listed(shown, others, counts.shown_often, f"{name}/example")
         numbered = _numbered(shown)
         answer = f"Answer: {_ANSWER_PREFIX} {numbered}"
         solved = f"{_INSTRUCTION}\n{listed}\n{_QUESTION}\n{answer}"
         common = list(islice(words, COMMON))
         uncommon = first_of(lambda: next(words))
-        often = SHORT if length < SHORT_BELOW else LONG
 
         def build(units: int, tail: str) -> Prompt:
             rest = [uncommon(number) for number in range(units)]
-            context = _listed(common, rest, often, f"{name}/order/{units}")
+            context = _listed(common, rest, counts.often, f"{name}/order/{units}")
             return Prompt(f"{solved}\n\n{_INSTRUCTION}\n{context}", _QUESTION, _ANSWER_PREFIX)
 
         yield Draft(build, lambda number: "", tuple(common))

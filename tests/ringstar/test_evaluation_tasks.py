@@ -185,8 +185,10 @@ def test_common_words(length, often):
     assert [word for _, word in words] != sorted(word for _, word in words)
     listed, solved = example.split("Answer:")
     shown = Counter(word for _, word in re.findall(r"(\d+)\. (\S+)", listed))
-    assert shown.total() == 40 and Counter(shown.values()) == {3: 10, 1: 10}
-    assert {word for word, n in shown.items() if n == 3} == set(re.findall(r"\. (\S+)", solved))
+    # as RULER has it: 40 words in all, or 40 different ones
+    assert Counter(shown.values()) == ({3: 10, 1: 10} if length < 4096 else {10: 10, 3: 30})
+    most = {word for word, n in shown.items() if n == max(shown.values())}
+    assert most == set(re.findall(r"\. (\S+)", solved))
     assert not shown.keys() & counts.keys()
 
 
