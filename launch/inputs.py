@@ -29,6 +29,7 @@ INPUTS = (
     "questions.documents_path",
     "evaluate.essay_path",
     "evaluate.qa_path",
+    "bench.against",
 )
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")

@@ -45,7 +45,8 @@ from typing import Any
 from tqdm import tqdm
 
 from launch.bench.against import changes, read_earlier
-from launch.bench.cells import Line, LineReader, Measured
+from launch.bench.attention import OURS
+from launch.bench.cells import AttentionTimes, Line, LineReader, Measured
 from launch.bench.children import check_world, children
 from launch.bench.picture import draw
 from launch.bench.plan import Plan
@@ -53,7 +54,7 @@ from launch.bench.ranks import check_request as check_plan
 from launch.bench.ranks import measure
 from launch.bench.result import result_of, row_of
 from launch.bench.tables import block, comparison, tables
-from launch.faults import DONE, FAULT, Fault, Reporter, exit_status
+from launch.faults import DONE, FAULT, INTERRUPTED, Fault, Reporter, exit_status
 from launch.help import help_text
 from launch.options import BENCH
 from launch.outputs import check_writable, write_file, write_result
@@ -99,10 +100,12 @@ def run_rank(arguments: Sequence[str], config: BenchConfig, phases: Any) -> None
     with tempfile.TemporaryDirectory() as folder, _bar(plan) as bar:
         report = Report(arguments, files, plan, earlier, bar)
         cells = Path(folder) / "cells.jsonl"
-        with LineReader(cells, report.show) as reader:
-            first = measure(config, files, plan, str(cells), phases)
-    if first:
-        report.finish(reader.lines)
+        try:
+            with LineReader(cells, report.show) as reader:
+                measure(config, files, plan, str(cells), phases)
+        finally:  # be it after a fault: what is done is not lost
+            if os.environ["RANK"] == "0":
+                report.finish(reader.lines)
 
 
 def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
@@ -122,12 +125,15 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
             for child in children(plan, arguments, cells):
                 bar.clear()
                 status = start_ranks(child.module, child.arguments, child.nproc)
-                if status not in (DONE, FAULT):
+                if status == INTERRUPTED:
                     return status
-                if status == FAULT and child.peer:
+                if status != DONE and child.peer:
                     log.info(f"{child.module} ended so; the others go on")
-                elif status == FAULT:  # it was said which rank, and why
-                    worst = FAULT
+                elif status != DONE:  # it was said which rank, and why
+                    worst = worst or status
+    measured = {line.key for line in reader.lines if isinstance(line, AttentionTimes)}
+    if any(key[0] == OURS and key not in measured for key in plan.attention()):
+        worst = worst or FAULT
     report.finish(reader.lines)
     return worst
 
@@ -170,7 +176,7 @@ class Report:
         if path is not None:
             write_file("bench.picture", path, draw(result))
         if self._earlier is not None and not found:
-            raise Fault("nothing could be compared: no cell was measured both times")
+            raise Fault("nothing could be compared: no cell was measured alike both times")
         slower = sum(change.times > 1 + config.bench.tolerance for change in found)
         if slower:
             share = f"{config.bench.tolerance:.0%} (bench.tolerance)"

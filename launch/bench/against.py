@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch.bench.cells import Key
 from launch.bench.plan import Plan, own_device
 from launch.bench.result import REFERENCES, Row, by_key, reference_of
@@ -56,19 +58,23 @@ def read_earlier(plan: Plan, files: ModelFiles) -> dict[str, Any] | None:
             raise UserError(_KEY, path, f"was measured with {was}, and this is with {now}")
     if (device == "cpu") != (own_device().type == "cpu"):
         raise UserError(_KEY, path, f"was measured on {device}, and this is another kind")
-    _check_common(plan, then)
+    here_is = own_device()
+    same = here_is.type != "cpu" and torch.cuda.get_device_name(here_is) == device
+    _check_common(plan, then, same)
     return found
 
 
-def _check_common(plan: Plan, then: Mapping[Key, Row]) -> None:
+def _check_common(plan: Plan, then: Mapping[Key, Row], absolute: bool) -> None:
     now = {(who, world, load.length, load.batch) for who, world, load in plan.cells()}
     both = now & then.keys()
     path = plan.config.bench.against
-    if not any(key[0] not in REFERENCES for key in both):
+    ours = [key for key in both if key[0] not in REFERENCES]
+    if not ours:
         raise UserError(_KEY, path, "has none of these cells")
-    if own_device().type == "cpu" and not any(reference_of(key, both) for key in both):
+    if not absolute and not any(reference_of(key, both) for key in ours):
+        where = "on a CPU" if own_device().type == "cpu" else "on another GPU"
         who = ", ".join(REFERENCES)
-        raise UserError(_KEY, path, f"on a CPU both need a peer with the same load: one of {who}")
+        raise UserError(_KEY, path, f"{where} both need a peer with the same load: one of {who}")
 
 
 def changes(now: dict[str, Any], then: dict[str, Any]) -> tuple[list[Change], str]:

@@ -6,7 +6,6 @@ can be compared with it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -21,8 +20,9 @@ from ringstar.ranks import Transport
 # what each rank does once, before it is measured: q, k and v of all tokens, and its transport
 Prepare = Callable[[list[Tensor], Transport], Call]
 
-# tokens of a bucket: scores of it are bucket² for each head
-_BUCKET = 4096
+# tokens of a bucket, at most: scores of it are bucket² for each head; with fewer than the least,
+# what is called for each pair of buckets takes longer than what it computes
+_BUCKET, _LEAST_BUCKET = 4096, 256
 OURS, PEER, ONE_PROCESS = "ringattn", "ring-attention-pytorch", "PyTorch sdpa"
 
 
@@ -36,13 +36,13 @@ def peer(qkv: list[Tensor], transport: Transport) -> Call:
     share = qkv[0].shape[1] // world
     own = slice(transport.rank * share, (transport.rank + 1) * share)
     q, k, v = (t[:, own].contiguous() for t in qkv)
-    attend, bucket = _peer_attention(q.is_cuda), math.gcd(share, _BUCKET)
+    attend = _peer_attention(q.is_cuda)
     return lambda: attend(
         q,
         k,
         v,
         causal=True,
-        bucket_size=share if share <= _BUCKET else bucket,
+        bucket_size=_bucket(share),
         ring_reduce_col=True,
         ring_size=world,
     )
@@ -83,7 +83,23 @@ def why_never(worlds: Sequence[int], transport: str, halves: bool) -> str | None
 
 def why_not(tokens: int, world: int) -> str | None:
     """Why the peer cannot take this length; None if it can."""
-    return f"needs a length that {world} ranks divide evenly" if tokens % world else None
+    if tokens % world:
+        return f"needs a length that {world} ranks divide evenly"
+    share = tokens // world
+    if _bucket(share) < min(share, _LEAST_BUCKET):
+        sizes = f"{_LEAST_BUCKET} to {_BUCKET} tokens"
+        return f"needs a length of which each rank's share, {share}, is buckets of {sizes}"
+    return None
+
+
+def contenders(world: int) -> tuple[str, ...]:
+    """Who is measured on so many ranks; the peer last: what it does to these ranks is its own."""
+    return (OURS, PEER) if world > 1 else (ONE_PROCESS,)
+
+
+def _bucket(share: int) -> int:
+    """The largest that a rank's share is a multiple of."""
+    return next(size for size in range(min(share, _BUCKET), 0, -1) if share % size == 0)
 
 
 def seconds_of(

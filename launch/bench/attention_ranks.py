@@ -12,7 +12,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 from typing import Any
 
-from launch.bench.attention import ONE_PROCESS, OURS, PEER, PREPARED, seconds_of, why_not
+from launch.bench.attention import PEER, PREPARED, contenders, seconds_of, why_not
 from launch.bench.cells import AttentionTimes, add_line
 from launch.bench.ranks import check_request
 from launch.options import BENCH
@@ -29,8 +29,7 @@ def run_rank(config: BenchConfig, phases: Any) -> None:
     files, plan = check_request(config)
     ranks, _ = make_ranks(config.transport, phases)
     first = ranks.transports[0]
-    names = (OURS, PEER) if first.world_size > 1 else (ONE_PROCESS,)
-    for name in names:  # ours first: what the peer does to these ranks is its own
+    for name in contenders(first.world_size):
         for length in plan.lengths:
             line = attention_times(config, files, ranks, name, length)
             if first.rank == 0 and config.bench.cells is not None:

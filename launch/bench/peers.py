@@ -119,11 +119,20 @@ def _no_room(request: Request, needed: Needed, own: bool = False) -> str | None:
 def _weights(request: Request, own: bool) -> int:
     """Bytes of weights as they will be in memory; a GGUF file's are widened, but by its `own`."""
     files, gguf = request.files, _gguf(request)
-    if gguf is not None and (own or files.gguf):
-        return gguf.stat().st_size * (1 if own else 8)  # of 4 bits each, as float32
+    if gguf is not None and own:
+        return gguf.stat().st_size
+    if gguf is not None and files.gguf:
+        return _elements(gguf) * request.dtype.itemsize
     stored = list(files.folder.glob("*.safetensors")) or files.folder.glob("pytorch_model*.bin")
     wider = 1.0 if files.quantised else request.dtype.itemsize / _stored_itemsize(files)
     return int(wider * sum(path.stat().st_size for path in stored))
+
+
+def _elements(gguf: Path) -> int:
+    """Of all weights."""
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
 
 
 def _stored_itemsize(files: ModelFiles) -> int:

@@ -18,7 +18,7 @@ _PANELS: dict[str, tuple[str, str, Callable[[Row], float]]] = {
     "tokens": (
         "prompt tokens a second",
         "ceiling",
-        lambda row: row["batch"] * row["length"] / row["median_ttft_ms"] * 1e3,
+        lambda row: row["batch"] * row["length"] / row["median_prompts_ms"] * 1e3,
     ),
 }
 
@@ -39,13 +39,18 @@ def draw(result: dict[str, Any]) -> bytes:
         layout="constrained",
         squeeze=False,
     )
+    styles = _styles(rows)
+    shown: dict[str, Any] = {}
     for line, batch in zip(axes, batches, strict=True):
         here = [row for row in rows if row["batch"] == batch]
         for axis, name in zip(line, _PANELS, strict=True):
-            _draw(axis, name, here)
+            _draw(axis, name, here, styles)
             axis.set_title(_PANELS[name][0] + f", batch {batch}" * (len(batches) > 1))
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+            handles, labels = axis.get_legend_handles_labels()
+            shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(shown.values()), list(shown), loc="outside lower center", ncols=4, frameon=False
+    )
     where = f"{result['model']}, {result['dtype']}, {result['circumstances']['hardware']}"
     figure.suptitle(where if result["device"] == "cpu" else f"{where}, {result['device']}")
     content = io.BytesIO()
@@ -54,25 +59,35 @@ def draw(result: dict[str, Any]) -> bytes:
     return content.getvalue()
 
 
-def _draw(axis: Any, name: str, rows: list[Row]) -> None:
+def _styles(rows: list[Row]) -> dict[tuple[str, int], dict[str, str]]:
+    """How each contender is drawn, in all panels alike."""
+    lines = list(dict.fromkeys((row["contender"], row["world"]) for row in rows))
+    peers = sorted({who for who, _ in lines if who in REFERENCES})
+    ours = sorted({who for who, _ in lines if who not in REFERENCES})
+    found = {}
+    for number, (who, world) in enumerate(lines):
+        is_peer = who in REFERENCES
+        colours, place = (_PEERS, peers.index(who)) if is_peer else (_OURS, ours.index(who))
+        found[who, world] = {
+            "color": colours[place % len(colours)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "linestyle": "--" if is_peer else "-",
+            "label": who if is_peer else f"{who}, {world} rank" + "s" * (world > 1),
+        }
+    return found
+
+
+def _draw(
+    axis: Any, name: str, rows: list[Row], styles: dict[tuple[str, int], dict[str, str]]
+) -> None:
     _, ceiling, value = _PANELS[name]
     lines: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         lines.setdefault((row["contender"], row["world"]), []).append(row)
-    peers = sorted({who for who, _ in lines if who in REFERENCES})
-    ours = sorted({who for who, _ in lines if who not in REFERENCES})
-    for number, ((who, world), points) in enumerate(lines.items()):
+    for key, points in lines.items():
         points.sort(key=lambda row: row["length"])
-        is_peer = who in REFERENCES
-        colours, place = (_PEERS, peers.index(who)) if is_peer else (_OURS, ours.index(who))
-        axis.plot(
-            [row["length"] for row in points],
-            [value(row) for row in points],
-            color=colours[place % len(colours)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle="--" if is_peer else "-",
-            label=who if is_peer else f"{who}, {world} rank" + "s" * (world > 1),
-        )
+        lengths = [row["length"] for row in points]
+        axis.plot(lengths, [value(row) for row in points], **styles[key])
     _draw_ceiling(axis, name, rows, ceiling)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

@@ -17,6 +17,8 @@ from launch.sizes import listed, read_lengths, read_sizes
 from ringstar.checks import check_fits
 from ringstar.config import (
     BenchConfig,
+    EncodeConfig,
+    ModelConfig,
     StrategyConfig,
     check,
     strategy_config,
@@ -49,6 +51,12 @@ class Plan:
         for world in self.worlds:
             yield from ((c.label, world, load) for c in self.here(world) for load in self.loads)
         yield from ((peer, 1, load) for peer in self.processes for load in self.loads)
+
+    def attention(self) -> Iterator[tuple[str, int, int]]:
+        """What is measured of attention alone: who, on how many ranks, how long."""
+        for world in self.worlds if attention.PEER in self.peers else ():
+            for who in attention.contenders(world):
+                yield from ((who, world, length) for length in self.lengths)
 
     @property
     def lengths(self) -> list[int]:
@@ -154,6 +162,8 @@ def _check_batches(config: BenchConfig, loads: Sequence[Load]) -> None:
     for key, asked, usual in (
         ("rope.scaling", config.rope.scaling, "none"),
         ("kernel.unified_max", config.kernel.unified_max, False),
+        ("model.ff_slice_tokens", config.model.ff_slice_tokens, ModelConfig().ff_slice_tokens),
+        ("encode.answer_tokens", config.encode.answer_tokens, EncodeConfig().answer_tokens),
     ):
         if asked != usual:
             raise UserError(key, asked, "only one prompt at a time has it: bench.batches=1")

@@ -10,13 +10,14 @@ from launch.interrupts import quiet_interrupts
 if __name__ == "__main__":  # the imports below take seconds
     quiet_interrupts()
 
+import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launch.bench.cells import Line, Load, add_line, measured
+from launch.bench.cells import Line, Load, Measured, add_line, measured
 from launch.bench.measure import timed_calls
 from launch.bench.plan import Plan, make_plan
 from launch.evaluate_star import Contender
@@ -26,8 +27,9 @@ from launch.weights import usable_model
 from ringstar import attach, detach
 from ringstar.checks import choose_kernel
 from ringstar.config import BenchConfig, StrategyConfig
+from ringstar.errors import Refusal, in_a_line
 from ringstar.metrics import gather_integers
-from ringstar.models import ModelFiles, choose_dtype
+from ringstar.models import ModelFiles, choose_dtype, choose_rope_precision
 from ringstar.models.one_device import plain_model
 from ringstar.models.plain_generate import PlainGenerate
 from ringstar.ranks import Ranks, make_ranks
@@ -114,7 +116,11 @@ class RankBench:
     def _batches(self, loads: Sequence[Load]) -> None:
         """Several prompts together, by Hugging Face's own `generate` on an attached model."""
         config = self._config
+        gc.collect()  # the weights of `_documents`: a bound model refers to itself
         dtype, _ = choose_dtype(config.model, self._files.config, self._device)
+        precision, _ = choose_rope_precision(
+            config.rope, self._files, beyond_limit=config.model.allow_beyond_limit
+        )
         model = plain_model(self._files, dtype, self._device, "sdpa")
         for contender, load in self._rounds(loads):
             strategy = contender.strategy(load.length - config.bench.question_tokens)
@@ -123,13 +129,15 @@ class RankBench:
                 strategy,
                 self._ranks,
                 kernel=config.kernel.name,
-                rope_precision=config.rope.precision,
+                rope_precision=precision,
                 chunk_tokens=config.encode.chunk_tokens,
                 query_tokens=config.bench.question_tokens,
-                cache=replace(config.cache, offload="none"),
+                cache=replace(config.cache, offload="none", offload_path=None),
             )
-            self._measure(contender, load, PlainGenerate(model))
-            detach(model)
+            try:
+                self._measure(contender, load, PlainGenerate(model))
+            finally:
+                detach(model)
 
     def _rounds(self, loads: Sequence[Load]) -> Iterator[tuple[Contender, Load]]:
         """Every strategy with every load, round after round."""
@@ -137,9 +145,14 @@ class RankBench:
             yield from itertools.product(self._plan.here(self._world), loads)
 
     def _measure(self, contender: Contender, load: Load, who: Generates) -> None:
-        calls, cpu_s, peak = timed_calls(
-            who, self._config, self._files, load, self._device, self._barrier
-        )
+        """One cell; one that finds no room, which all ranks are told, says so."""
+        try:
+            calls, cpu_s, peak = timed_calls(
+                who, self._config, self._files, load, self._device, self._barrier
+            )
+        except Refusal as refusal:
+            sizes = self._world, load.length, load.batch
+            return self._write(Measured(contender.label, *sizes, why_not=in_a_line(refusal)))
         peaks, cpus = self._gathered([peak, round(1e9 * cpu_s)])
         if self._ranks.transports[0].name == "threads":  # of one process, seen by one rank
             peaks, cpus = peaks[:1], cpus[:1]

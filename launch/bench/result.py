@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def result_of(
         "dtype": str(dtype).removeprefix("torch."),
         **{name: options[name] for name in _TOLD},
         "contenders": dict(_contenders(files, plan, device)),
-        **_cells(plan, lines),
+        **_cells(plan, files, lines),
     }
 
 
@@ -69,27 +69,62 @@ def _contenders(files: ModelFiles, plan: Plan, device: torch.device) -> Iterator
         yield name, PEERS[name].what(request)
 
 
-def _cells(plan: Plan, lines: Sequence[Line]) -> dict[str, Any]:
+def _cells(plan: Plan, files: ModelFiles, lines: Sequence[Line]) -> dict[str, Any]:
     cells = all_rounds(line for line in lines if isinstance(line, Measured))
-    attention = all_attention(line for line in lines if isinstance(line, AttentionTimes))
+    alone = all_attention(line for line in lines if isinstance(line, AttentionTimes))
+    attention = {line.key: line for line in alone}
     known = {key: cell.ids for key, cell in cells.items() if cell.why_not is None}
     ceilings = highest([line for line in lines if isinstance(line, Ceilings)])
+    floor = Floor.of(plan, files, ceilings)
     rows = [
-        row_of(cells.get(key, Measured(*key, why_not=NOT_DONE)), known, ceilings)
+        row_of(cells.get(key, Measured(*key, why_not=NOT_DONE)), known, floor)
         for who, world, load in plan.cells()
         for key in [(who, world, load.length, load.batch)]
     ]
     return {
         "ceilings": None if ceilings is None else asdict(ceilings),
         "cells": rows,
-        "attention": [_attention(line) for line in attention],
+        "attention": [
+            _attention(attention.get(key, AttentionTimes(*key, why_not=NOT_DONE)))
+            for key in plan.attention()
+        ],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least times, where they are known: `ceilings` are of the model in its own dtype.
+
+    Ours is read in another one with `small_kv`, and of `simulated` ranks all have one device.
+    """
+
+    ceilings: Ceilings | None = None
+    small_kv: bool = False
+    simulated: bool = False
+
+    @staticmethod
+    def of(plan: Plan, files: ModelFiles, ceilings: Ceilings | None) -> Floor:
+        if files.quantised:  # how many bytes its weights are is the quantiser's to know
+            return Floor()
+        config = plan.config
+        return Floor(ceilings, config.cache.dtype != "auto", config.transport.name == "threads")
+
+    def times(self, cell: Measured) -> Iterator[tuple[str, float]]:
+        """The least seconds for all prompts of a batch together, and for a token in the middle."""
+        peer = PEERS.get(cell.contender)
+        if self.ceilings is None or (peer and peer.own_formats):
+            return
+        devices = 1 if self.simulated else self.ceilings.devices(cell.world)
+        yield "ttft", cell.batch * self.ceilings.ttft_s(cell.length, devices)
+        if peer or not self.small_kv:
+            past = cell.length + len(cell.token_s[0]) // 2
+            yield "tpot", self.ceilings.tpot_s(past, cell.batch, devices)
 
 
 def row_of(
     cell: Measured,
     answers: Mapping[Key, list[int]] | None = None,
-    ceilings: Ceilings | None = None,
+    floor: Floor | None = None,
 ) -> Row:
     """One cell; times in milliseconds, throughputs per second.
 
@@ -120,22 +155,14 @@ def row_of(
             f"median_{name}_ms": 1e3 * float(np.median(seconds)),
             f"p99_{name}_ms": 1e3 * float(np.percentile(seconds, 99)),
         }
+    row["median_prompts_ms"] = 1e3 * float(np.median(_prompts(cell)))
     row |= {"transport": cell.transport, "kernel": cell.kernel}
     row |= {"cpu_s": cell.cpu_s, "peak_memory_bytes": cell.peak_memory_bytes}
     reference = reference_of(cell.key, answers or {})
     same = None if reference is None or answers is None else _same(cell.ids, answers[reference])
     row["same_tokens"] = same
-    peer = PEERS.get(cell.contender)
-    if ceilings is not None and not (peer and peer.own_formats):
-        row |= {f"floor_{name}_ms": 1e3 * least for name, least in _floors(cell, ceilings)}
-    return row
-
-
-def _floors(cell: Measured, ceilings: Ceilings) -> Iterator[tuple[str, float]]:
-    """The least seconds for all prompts of a batch together, and for a token in the middle."""
-    devices, past = ceilings.devices(cell.world), cell.length + len(cell.token_s[0]) // 2
-    yield "ttft", cell.batch * ceilings.ttft_s(cell.length, devices)
-    yield "tpot", ceilings.tpot_s(past, cell.batch, devices)
+    least = floor.times(cell) if floor is not None else ()
+    return row | {f"floor_{name}_ms": 1e3 * seconds for name, seconds in least}
 
 
 def reference_of(key: Key, known: Container[Key]) -> Key | None:
@@ -148,6 +175,12 @@ def _times(cell: Measured) -> dict[str, list[float]]:
     per_token = [(times[-1] - times[0]) / (len(times) - 1) for times in cell.token_s]
     between = [float(gap) for times in cell.token_s for gap in np.diff(times)]
     return dict(zip(TIMES, (cell.ttft_s, per_token, between), strict=True))
+
+
+def _prompts(cell: Measured) -> list[float]:
+    """Seconds of each call until all of its prompts have their first token."""
+    starts = range(0, len(cell.ttft_s), cell.batch)
+    return [max(cell.ttft_s[start : start + cell.batch]) for start in starts]
 
 
 def _same(ids: Sequence[int], others: Sequence[int]) -> float:

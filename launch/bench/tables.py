@@ -97,8 +97,10 @@ def _time(row: Row, beside: Row | None, name: str) -> Iterator[str]:
     median = f"median_{name}_ms"
     yield f"{row[median]:,.1f}"
     yield "" if beside is None else f"{row[median] / beside[median]:.2f}"
+    # a floor is of all prompts of a batch, which some read one after another
+    whole = row["median_prompts_ms" if name == "ttft" else median]
     floor = row.get(f"floor_{name}_ms")
-    yield "" if not floor else f"{row[median] / floor:.1f}"
+    yield "" if not floor else f"{whole / floor:.1f}"
 
 
 def _attention(rows: Sequence[Row]) -> Table:

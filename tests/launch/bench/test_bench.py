@@ -15,7 +15,7 @@ import torch
 
 from launch.bench.__main__ import main
 from launch.bench.against import changes, read_earlier
-from launch.bench.attention import PEER
+from launch.bench.attention import PEER, why_not
 from launch.bench.cells import (
     AttentionTimes,
     Ceilings,
@@ -29,7 +29,7 @@ from launch.bench.cells import (
     measured,
 )
 from launch.bench.plan import make_plan, prompts_of, read_strategies
-from launch.bench.result import NOT_DONE, row_of
+from launch.bench.result import NOT_DONE, Floor, row_of
 from launch.bench.tables import block, tables
 from launch.options import BENCH
 from ringstar import UserError
@@ -40,6 +40,7 @@ from ringstar.timed import Timed
 from tests.support.commands import TORCHRUN, python
 from tests.support.models import DYNAMIC, tiny_folder
 
+TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of a tiny model's KV
 SMALL = ["bench.lengths=40,72", "bench.requests=2", "bench.new_tokens=4", "bench.question_tokens=4"]
 
 
@@ -162,6 +163,7 @@ def test_times_are_summed_up_as_in_serving():
         assert row[f"median_{name}_ms"] == pytest.approx(np.median(times))
         assert row[f"p99_{name}_ms"] == pytest.approx(np.percentile(times, 99))
     assert row["same_tokens"] == pytest.approx(2 / 3)
+    assert row["median_prompts_ms"] == pytest.approx((2000 + 1500) / 2)
     text = block(row)
     assert "ring, 2 ranks, 100 tokens, batch 2" in text.splitlines()[0]
     for line in ("Successful requests:", "Mean TTFT (ms):", "P99 TPOT (ms):", "Median ITL (ms):"):
@@ -186,11 +188,14 @@ def test_floors_are_products_and_bytes_at_the_highest_rates():
     assert found.tpot_s(10, 2) == pytest.approx((55 + 2 * (30 + 4)) / 1e2)
     assert found.tpot_s(10, 2, 4) == pytest.approx((55 + 2 * (30 + 4) / 4) / 1e2)
     cell = measured(("ring", 8), Load(10, 2), CALLS, 0.0, [1])
-    row = row_of(cell, {}, found)
+    row = row_of(cell, {}, Floor(found))
     assert row["floor_ttft_ms"] == pytest.approx(1e3 * 2 * found.ttft_s(10) / 4)
     assert row["floor_tpot_ms"] == pytest.approx(1e3 * found.tpot_s(11, 2, 4))
     other = measured(("llama.cpp", 1), Load(10, 2), CALLS, 0.0, [1])
-    assert "floor_tpot_ms" not in row_of(other, {}, found)  # its bytes are others
+    assert "floor_tpot_ms" not in row_of(other, {}, Floor(found))  # its bytes are others
+    small = row_of(cell, {}, Floor(found, small_kv=True, simulated=True))
+    assert small["floor_ttft_ms"] == pytest.approx(1e3 * 2 * found.ttft_s(10))
+    assert "floor_tpot_ms" not in small
     assert highest([]) is None
 
 
@@ -266,6 +271,13 @@ def result(device: str, **times: float) -> dict:
     return {"model": "m", "device": device, "cells": cells, **told}
 
 
+def apart(found: dict) -> dict:
+    """With the peers' cells at another length."""
+    for cell in found["cells"]:
+        cell["length"] += 32 * (cell["contender"] == "hf-sdpa")
+    return found
+
+
 def test_times_on_a_cpu_are_compared_as_multiples_of_a_peer():
     then, now = result("cpu", ring=10, hf_sdpa=10), result("cpu", ring=33, hf_sdpa=30, star=1)
     found, how = changes(now, then)
@@ -295,13 +307,14 @@ def test_times_on_the_same_gpu_are_compared_as_they_are():
         (result("H200"), "was measured on H200, and this is another kind"),
         (result("cpu", hf_sdpa=1), "has none of these cells"),
         (result("cpu", ring=1), "on a CPU both need a peer"),
+        (apart(result("cpu", ring=1, hf_sdpa=1)), "on a CPU both need a peer"),
     ],
 )
 def test_what_cannot_be_compared_with_is_refused(bare, tmp_path, content, says):
     path, name = tmp_path / "then, 1.json", Path(bare).name
     if isinstance(content, dict):  # of this model and these loads, but for what is wrong
         content = {**content, "model": "m" if "with m," in says else name}
-        content["cells"] = [{**cell, "length": 40} for cell in content["cells"]]
+        content["cells"] = [{**cell, "length": cell["length"] + 31} for cell in content["cells"]]
         says = says.replace("tiny", name)
     if content is not None:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -401,6 +414,46 @@ def test_simulated_ranks(bare, in_this_process, capsys):
     assert f"{len(cells)} cells, 2 rounds of them" in err
 
 
+def test_attention_alone_that_was_not_measured_is_said_to_be(bare, monkeypatch, capsys):
+    monkeypatch.setattr("launch.bench.__main__.start_ranks", lambda *_: 0)
+    given = [f"model.path={bare}", *SMALL, "bench.worlds=2", f"bench.peers={PEER}"]
+    assert main(given) == 1  # ours is missing
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])["attention"]
+    assert {(each["contender"], each["why_not"]) for each in alone} == {
+        ("ringattn", NOT_DONE),
+        (PEER, NOT_DONE),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "world", "says"),
+    [
+        (10_000, 2, None),
+        (10_006, 2, "each rank's share, 5003, is buckets of 256 to 4096 tokens"),
+        (20_000, 4, None),
+        (66, 2, None),
+        (9, 2, "that 2 ranks divide evenly"),
+    ],
+)
+def test_a_peer_is_not_asked_to_cut_a_share_into_crumbs(tokens, world, says):
+    why = why_not(tokens, world)
+    assert why is None if says is None else says in why
+
+
+@pytest.mark.slow
+def test_what_finds_no_room_is_a_cell_that_says_so(bare, in_this_process, capsys):
+    """With batches too; those that have room are measured."""
+    given = [f"model.path={bare}", *SMALL, "transport=threads", "bench.worlds=1"]
+    given += ["bench.peers=none", "bench.strategy=ring", "bench.batches=1,2"]
+    room = 56 * TOKEN
+    more = [f"cache.max_bytes={room}", "cache.page_tokens=4", "cache.offload=disk"]
+    assert main([*given, *more, "cache.offload_path=/tmp"]) == 0
+    cells = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
+    found = {(cell["length"], cell["batch"]): cell["why_not"] for cell in cells}
+    assert found[40, 1] is None
+    assert all("cache.max_bytes" in found[key] for key in ((72, 1), (40, 2), (72, 2)))
+
+
 @pytest.mark.slow
 def test_ranks_of_torchrun(bare):
     given = [f"model.path={bare}", *SMALL, "bench.rounds=2"]
@@ -413,9 +466,10 @@ def test_ranks_of_torchrun(bare):
 
 def test_a_peer_that_dies_ends_no_benchmark(bare, monkeypatch, capsys):
     """What it did not do is said; a fault of ours is the benchmark's."""
-    for failing, status in (("launch.bench.peer", 0), ("launch.bench.ranks", 1)):
+    for failing, its, status in (("peer", 1, 0), ("peer", 2, 0), ("ranks", 1, 1), ("ranks", 2, 2)):
         monkeypatch.setattr(
-            "launch.bench.__main__.start_ranks", lambda module, *_, f=failing: int(module == f)
+            "launch.bench.__main__.start_ranks",
+            lambda module, *_, f=f"launch.bench.{failing}", s=its: s * (module == f),
         )
         given = [f"model.path={bare}", *SMALL, "bench.worlds=1", "bench.peers=hf-sdpa"]
         assert main(given) == status
