@@ -28,7 +28,9 @@ from launch.evaluate_log import scored_before
 from launch.evaluate_picture import draw
 from launch.evaluate_plan import Plan, make_plan
 from launch.evaluate_result import CellResult, cannot, result_of, results
+from launch.faults import Reporter, exit_status
 from launch.options import EVALUATE
+from ringstar.errors import UserError
 from ringstar.evaluation import BY_DEPTH
 from ringstar.models import find_model, quiet_transformers
 
@@ -45,7 +47,8 @@ OPTIONS = {
 }
 _PACKAGES = ("torch", "transformers", "wonderwords", "scipy", "ringstar")
 _HOW = """Every setting got the same samples. Exact is Ring Attention, on one rank dense attention;
-star has blocks of a quarter and of an eighth of the document behind anchors as long as a block.
+star has blocks of the size that is named behind anchors: shares are of the document, and an
+anchor is as long as a block if nothing else is said.
 Scores in per cent with Wilson's 95% intervals; *of exact's* is star's mean over exact's with its
 95% interval, p that of a paired test on the same samples, for each row alone
 ([how](../../docs/evaluate.md#what-is-computed)). Word lists and prompt format are not those of
@@ -54,10 +57,17 @@ published runs: put no score beside a published one."""
 
 def main(arguments: list[str]) -> int:
     """Run what is left, then report; returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nIts options are those of `python -m launch.evaluate --help`.")
+        return 0
     given = [argument for argument in arguments if argument != REPORT]
     options = command_options(given)
     if REPORT not in arguments and (status := evaluate.main(options)) != 0:
         return status
+    return exit_status(lambda: _report(options, given), Reporter())
+
+
+def _report(options: Sequence[str], given: Sequence[str]) -> int:
     quiet_transformers()
     report(options, " ".join(["python -m benchmarks.ruler", *given]), RESULTS)
     return 0
@@ -79,13 +89,16 @@ def report(options: Sequence[str], command: str, folder: Path) -> None:
     plan = make_plan(config, files)
     lines = scored_before(config, plan)
     found = results(plan, lines)
+    of_tasks = [row for row in found if row.task != BY_DEPTH]
+    if not of_tasks:
+        why = "no cell of a task has a sample that all settings have had"
+        raise UserError("output.path", config.output.path, why)
     where = circumstances(command, _PACKAGES)
     where["settings"] = _settings(lines)
     path = folder / f"{where['date']}-ruler"
     content = {"circumstances": where, **result_of(config, files, plan, found)}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(document(plan, found, where))
-    of_tasks = [row for row in found if row.task != BY_DEPTH]
+    path.with_suffix(".md").write_text(document(plan, found, where, files.folder.name))
     path.with_suffix(".png").write_bytes(draw(plan, of_tasks, files.folder.name))
     print(f"written: {path}.json, .md and .png")
 
@@ -97,13 +110,13 @@ def _settings(lines: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in sorted(seen)]
 
 
-def document(plan: Plan, found: Sequence[CellResult], where: dict[str, Any]) -> str:
+def document(plan: Plan, found: Sequence[CellResult], where: dict[str, Any], model: str) -> str:
     """The whole report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     ranks = "; ".join(
         f"{s['world_size']} ranks over {s['transport']}, {s['dtype']}" for s in where["settings"]
     )
-    title = f"# RULER's tasks, SmolLM2-135M-Instruct, {where['date']}"
+    title = f"# RULER's tasks, {model}, {where['date']}"
     made = f"`{where['command']}` at {where['commit']} on {where['hardware']}; {versions}; {ranks}."
     parts = [title, made, _HOW, f"![scores]({where['date']}-ruler.png)"]
     for length in sorted({row.length for row in found}):

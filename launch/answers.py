@@ -11,7 +11,7 @@ from typing import Any
 from launch.inputs import is_ids
 from launch.library import Entry
 from launch.lines import LineLog, line_of, whole_lines
-from launch.outputs import check_begun_alike, write_config
+from launch.outputs import OF_MODEL, check_begun_alike, write_config
 from launch.questions import RESULT_FIELDS, Question
 from ringstar.answers import Answer
 from ringstar.config import AskConfig
@@ -20,7 +20,7 @@ from ringstar.ranks import world_size_of
 from ringstar.strategies import blocks_of
 
 # sections and options of the config that answers depend on, wherever the document came from
-_DECISIVE = ("model", "rope", "strategy", "generation", "questions.follow_up", "cache.dtype")
+_DECISIVE = (*OF_MODEL, "strategy", "generation", "questions.follow_up")
 
 
 def answered(

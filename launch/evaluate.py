@@ -37,7 +37,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate_log import SampleLog, Scored, samples_path, scored_before
+from launch.evaluate_log import (
+    SampleLog,
+    Scored,
+    check_model,
+    models_of,
+    samples_path,
+    scored_before,
+)
 from launch.evaluate_measure import Job, Measurement, pending, work_of
 from launch.evaluate_picture import draw
 from launch.evaluate_plan import Plan, make_plan
@@ -96,6 +103,7 @@ def run_rank(config: EvaluationConfig, phases: Any) -> None:
         exact = replace(config, strategy=plan.contenders[0].exact)
         runtime = LongContext(exact, files, ranks, why)
         close = [runtime.close]  # which writes its trace
+        check_model(config.output.path, _of_rank_0(ranks, models_of(before)), runtime)
         with choices_unsaid(), work_bar("evaluate", work_of(jobs), shown=first) as bar:
             add = samples.add if samples else lambda line: None
             Measurement(runtime, plan, bar, add).run(jobs)
@@ -107,9 +115,13 @@ def run_rank(config: EvaluationConfig, phases: Any) -> None:
 
 def _done(ranks: Ranks, before: Sequence[Scored]) -> set[tuple]:
     """The keys of what rank 0 has on file, on every rank."""
-    text = json.dumps([line.key for line in before])
-    told = ranks.run(lambda transport: text_of_rank_0(transport, text))[0]
-    return {tuple(key) for key in json.loads(told or "[]")}
+    return {tuple(key) for key in _of_rank_0(ranks, [line.key for line in before])}
+
+
+def _of_rank_0(ranks: Ranks, value: Any) -> Any:
+    """What rank 0 has, as JSON knows it."""
+    text = json.dumps(value)
+    return json.loads(ranks.run(lambda transport: text_of_rank_0(transport, text))[0] or "[]")
 
 
 def _say_plan(config: EvaluationConfig, plan: Plan, jobs: Sequence[Job]) -> None:

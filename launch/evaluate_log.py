@@ -9,14 +9,15 @@ from pathlib import Path
 
 from launch.evaluate_plan import Plan
 from launch.lines import LineLog, whole_lines
-from launch.outputs import check_begun_alike, write_config
+from launch.outputs import OF_MODEL, check_begun_alike, write_config
 from ringstar.config import EvaluationConfig
 from ringstar.errors import UserError
+from ringstar.runtime import LongContext
 
 # what a sample and its answer are called by
 Key = tuple[str, int, float | None, int, str]
 # sections and options of the config that samples and scores depend on
-_DECISIVE = ("model", "rope", "cache.dtype", "evaluate.seed")
+_DECISIVE = (*OF_MODEL, "evaluate.seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Scored:
     dtype: str
     device: str
     text_sha256: str | None = None
+    # None: of before there was one
+    fingerprint: str | None = None
 
     @property
     def key(self) -> Key:
@@ -101,6 +104,23 @@ def _check_samples(config: EvaluationConfig, plan: Plan, lines: Sequence[Scored]
                 " give another output.path"
             )
             raise UserError("output.path", config.output.path, why)
+
+
+def models_of(lines: Sequence[Scored]) -> list[tuple[str, str | None]]:
+    """What models they were put to, each once: dtype and fingerprint."""
+    return list(dict.fromkeys((line.dtype, line.fingerprint) for line in lines))
+
+
+def check_model(
+    path: str | None, before: Sequence[tuple[str, str | None]], runtime: LongContext
+) -> None:
+    """Raise UserError if any of these is another model than this one."""
+    mine = str(runtime.dtype).removeprefix("torch."), runtime.fingerprint
+    for theirs in before:
+        for what, was, now in zip(("dtype", "fingerprint"), theirs, mine, strict=True):
+            if was not in (None, now):
+                why = f"has samples of a model of another {what}, {was[:16]}; here {now[:16]}"
+                raise UserError("output.path", path, f"{why}; give another output.path")
 
 
 class SampleLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 
 from launch.evaluate_log import Key, Scored
@@ -11,8 +12,11 @@ from launch.evaluate_star import Contender
 from launch.progress import TOKENS_OF_A_STEP, WorkBar
 from launch.result_fields import runtime_fields
 from ringstar.answers import Answer
+from ringstar.errors import UserError
 from ringstar.evaluation import Sample, score
 from ringstar.runtime import Document, LongContext
+
+log = logging.getLogger("ringstar")
 
 # as much is encoded once before, so that no sample pays for the first steps
 _WARM_UP_TOKENS = 256
@@ -46,6 +50,7 @@ class Measurement:
         self, runtime: LongContext, plan: Plan, bar: WorkBar, add: Callable[[Scored], None]
     ):
         self._runtime, self._plan, self._bar, self._add = runtime, plan, bar, add
+        self._fingerprint = runtime.fingerprint
 
     def run(self, jobs: Sequence[Job]) -> None:
         """All jobs; each sample is made once, and encoded once for each contender."""
@@ -54,13 +59,23 @@ class Measurement:
             ids, _ = prompt_ids(self._runtime.files, first.prompt)
             self._runtime.encode(ids[:_WARM_UP_TOKENS], strategy=self._plan.contenders[0].exact)
         for cell, number, left in jobs:
-            sample = self._plan.sample(cell, number)
+            sample = self._sample(cell, number)
+            if sample is None:
+                continue
             context, query = prompt_ids(self._runtime.files, sample.prompt)
             for contender in left:
                 document = self._encode(cell, contender, context, len(query))
                 answer = self._ask(cell, document, query, sample)
                 self._add(self._scored(cell, number, contender, sample, document, answer))
                 del document  # before the next one takes its place
+
+    def _sample(self, cell: Cell, number: int) -> Sample | None:
+        """None for one whose words do not fit where the cell's first did: others may."""
+        try:
+            return self._plan.sample(cell, number)
+        except UserError as error:
+            log.warning(f"{cell.task.name} {cell.length:,}: sample {number} is left out: {error}")
+            return None
 
     def _encode(self, cell: Cell, contender: Contender, ids: list[int], query: int) -> Document:
         what = f"{cell.task.name} {cell.length:,}, {contender.label}"
@@ -115,4 +130,5 @@ class Measurement:
             bytes_sent=max(document.metrics.bytes_sent),
             **runtime_fields(self._runtime),
             text_sha256=sample.text_sha256,
+            fingerprint=self._fingerprint,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import filter as matching
@@ -35,6 +35,7 @@ from ringstar.evaluation import (
     make_sample,
     read_questions,
 )
+from ringstar.evaluation.qa import QuestionAnswering
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
 
@@ -103,10 +104,19 @@ def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
         for depth in (even_depths(given.depths) if task.name == BY_DEPTH else [None])
     ]
     material, notes = read_material(given), [f"exact side: {why}"]
+    notes.extend(_few_questions(tasks, material, given.samples))
     plan = Plan(every, cells, given, material, token_counter(files), notes)
     for cell in cells:
         _check_cell(config, files, world, plan, cell)
     return plan
+
+
+def _few_questions(tasks: Sequence[Task], material: Material, samples: int) -> Iterator[str]:
+    for task in tasks:
+        if isinstance(task.maker, QuestionAnswering):
+            count = len(material.questions.of_hops(task.maker.several))
+            if 0 < count < samples:
+                yield f"{task.name}: {count} questions for {samples} samples: they come again"
 
 
 def read_tasks(text: str) -> list[Task]:

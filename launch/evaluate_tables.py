@@ -35,7 +35,7 @@ def tables(plan: Plan, found: Sequence[CellResult]) -> str:
 
 def name_of(row: CellResult) -> str:
     """A row's name: the task, or the depth of its needle."""
-    return row.task if row.depth is None else f"depth {row.depth:.0%}"
+    return row.task if row.depth is None else f"depth {100 * row.depth:.4g}%"
 
 
 def _table(plan: Plan, rows: Sequence[CellResult], length: int) -> Table:

@@ -21,6 +21,12 @@ from ringstar.errors import UserError
 from ringstar.files import write_atomically
 from ringstar.store import check_place
 
+# options of the config that say which model computes, and how
+OF_MODEL = (
+    *("model.name", "model.path", "model.dtype", "model.allow_beyond_limit"),
+    *("rope", "cache.dtype"),
+)
+
 
 def check_writable(config: Config) -> None:
     """Raise UserError now for what could not be written after a long run."""
@@ -92,7 +98,7 @@ def check_begun_alike(config: Config, path: str, decisive: Sequence[str]) -> Non
     """
     beside, now = config_path(path), asdict(config)
     try:
-        before = yaml.safe_load(beside.read_text())
+        before = yaml.safe_load(beside.read_text("utf-8", "surrogateescape"))
         changed = [key for key in decisive if _option(before, key) != _option(now, key)]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         changed = [beside.name]

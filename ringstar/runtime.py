@@ -44,6 +44,7 @@ from ringstar.models import (
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.scores import Score, ScoredText, SpreadScores
 from ringstar.shard import TextShard
+from ringstar.store import fingerprint
 from ringstar.strategies import describe, make_strategy
 from ringstar.trace import Trace, engine_parts
 from seqpar import Transport
@@ -175,6 +176,11 @@ class LongContext:
             return cls(config, files, ranks, "as given")
         check_ranks(config)
         return cls(config, files, *make_ranks(config.transport))
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the model's config and of samples of its weights, as they are loaded."""
+        return fingerprint(self.group.any_engine.model.model)
 
     @property
     def shelf(self) -> Shelf:

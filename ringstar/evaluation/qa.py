@@ -24,10 +24,16 @@ class QuestionAnswering:
     def drafts(
         self, name: str, length: int, material: Material, depth: float | None = None
     ) -> Iterator[Draft]:
-        """A draft of each question, in random order: gold paragraphs can be too long."""
-        questions = material.questions
+        """A draft of each question: gold paragraphs can be too long.
+
+        One sample after another begins with the next of a random order, so that none comes again
+        before all have come.
+        """
+        questions, (every, _, number) = material.questions, name.rsplit("/", 2)
         items = questions.of_hops(self.several)
-        for item in seeded(name).sample(items, len(items)):
+        order = seeded(every).sample(items, len(items))
+        first = int(number) % max(1, len(order))
+        for item in order[first:] + order[:first]:
             others = [text for text in questions.paragraphs if text not in item.paragraphs]
             if others:
                 yield _draft(name, item, others, questions.sha256)

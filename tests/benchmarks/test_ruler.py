@@ -50,4 +50,12 @@ def test_it_runs_and_reports_what_every_setting_had(tmp_path, monkeypatch, capsy
     text = report.read_text()
     assert "## 800 tokens" in text and "## 900 tokens" not in text
     assert len(samples.read_text().splitlines()) == 5
-    capsys.readouterr()
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:1]))
+    report.unlink()
+    assert main([*given, ruler.REPORT]) == 2  # nothing to report, and nothing written
+    assert not report.exists()
+    assert main([*given, ruler.REPORT, "evaluate.depths=x"]) == 2
+    assert main(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert "benchmarks.ruler report" in out
+    assert "no cell of a task has a sample" in err and "evaluate.depths=x" in err

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,13 @@ import launch.start
 from launch.evaluate import picture_paths
 from launch.evaluate_log import Scored, samples_path
 from launch.evaluate_picture import draw
-from launch.evaluate_plan import make_plan, read_lengths, read_tasks
+from launch.evaluate_plan import Plan, make_plan, read_lengths, read_tasks
 from launch.evaluate_result import CANNOT, results
 from launch.evaluate_star import contenders
 from launch.evaluate_tables import tables
 from launch.options import EVALUATE
 from ringstar.config import DenseConfig, RingConfig
+from ringstar.errors import UserError
 from ringstar.evaluation import RULER, TASKS, paired_p, retention, wilson
 from ringstar.models import ModelFiles, find_model
 from tests.support.chat import chat_folder
@@ -175,7 +177,7 @@ def test_more_samples_lengths_tasks_and_settings_are_added(path, tmp_path, run):
     ("change", "says"),
     [
         (["evaluate.seed=1"], "another evaluate.seed"),
-        (["model.dtype=bfloat16"], "another model"),
+        (["model.dtype=bfloat16"], "another model.dtype"),
         (["cache.dtype=int8"], "another cache.dtype"),
         (["evaluate.qa_path=QA"], "other samples of qa_1"),
     ],
@@ -196,6 +198,38 @@ def test_samples_of_another_run_are_not_taken_for_this(path, tmp_path, run, chan
     _, err = run(model(), *THREADS, *GIVEN, *change, f"output.path={path}", status=2)
     assert says in err and len(err.splitlines()) == 1
     assert samples_path(str(path)).read_bytes() == before
+
+
+def test_weights_that_changed_are_noticed_and_how_they_are_computed_is_not(path, tmp_path, run):
+    """Where the model is says nothing about its weights; a memory option nothing about scores."""
+    more, folder = tmp_path / "m.json", tmp_path / "model"
+    shutil.copytree(chat_folder(), folder)
+    given = [f"model.path={folder}", *THREADS, "evaluate.tasks=qa_1", "evaluate.lengths=800"]
+    given += ["evaluate.star=block_size=quarter", f"output.path={more}"]
+    run(*given, "evaluate.samples=1")
+    run(*given, "evaluate.samples=2", "model.ff_slice_tokens=64")
+    before = samples_path(str(more)).read_bytes()
+    shutil.copytree(chat_folder(initializer_range=0.1), folder, dirs_exist_ok=True)
+    _, err = run(*given, "evaluate.samples=3", status=2)
+    assert "has samples of a model of another fingerprint" in err
+    assert samples_path(str(more)).read_bytes() == before
+
+
+def test_a_sample_that_does_not_fit_is_left_out(tmp_path, run, monkeypatch):
+    made = Plan.sample
+
+    def sample(plan, cell, number):
+        if number == 1:
+            raise UserError("evaluate.lengths", cell.length, "qa_1 needs some 801 tokens")
+        return made(plan, cell, number)
+
+    monkeypatch.setattr(Plan, "sample", sample)
+    path = tmp_path / "e.json"
+    given = [model(), *THREADS, "evaluate.tasks=qa_1", "evaluate.lengths=800", "evaluate.samples=3"]
+    _, err = run(*given, "evaluate.star=block_size=quarter", f"output.path={path}")
+    assert "qa_1 800: sample 1 is left out: evaluate.lengths=800: qa_1 needs some 801" in err
+    assert {line.index for line in scored(path)} == {0, 2}
+    assert {cell["samples"] for cell in json.loads(path.read_text())["cells"]} == {2}
 
 
 def test_texts_that_changed_behind_the_first_sample_are_noticed(tmp_path, run):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from launch.evaluate_prompt import prompt_ids, token_counter
 from ringstar.config import ModelConfig
+from ringstar.errors import UserError
 from ringstar.evaluation import (
     BY_DEPTH,
     RULER,
@@ -24,6 +25,7 @@ from ringstar.evaluation import (
     NoSample,
     Prompt,
     TooShort,
+    check_packages,
     essay_of,
     even_depths,
     make_sample,
@@ -243,6 +245,24 @@ def test_invented_questions_have_one_answer():
     assert all(item.answers[0] not in item.paragraphs[0] for item in two)
 
 
+def test_no_question_comes_again_before_all_have_come():
+    rows = [{"question": f"{n}?", "answers": ["a"], "paragraphs": [f"{n}: a."]} for n in range(7)]
+    material = Material(questions=lambda: read_questions(json.dumps(rows), "all"))
+    for seed in range(3):
+        samples = [make_sample(TASKS["qa_1"], 900, n, seed, material, count) for n in range(14)]
+        asked = [sample.prompt.question for sample in samples]
+        assert len(set(asked[:7])) == 7 and asked[:7] == asked[7:]
+        contexts = {sample.prompt.document for sample in samples}
+        assert len(contexts) == 14
+
+
+def test_a_package_that_is_too_old_is_named(monkeypatch):
+    check_packages()
+    monkeypatch.setattr("ringstar.evaluation.packages.version", lambda name: "2.2.0")
+    with pytest.raises(UserError, match=r"wonderwords 2\.2\.0 is too old, 3 is needed"):
+        check_packages()
+
+
 def test_a_small_set_distracts_again_and_gold_that_is_too_long_is_left_out():
     rows = [
         {"question": "Who?", "answers": ["Ann"], "paragraphs": ["Ann did. " * 2000]},
@@ -272,6 +292,7 @@ def test_a_small_set_distracts_again_and_gold_that_is_too_long_is_left_out():
         ('{"question": "b", "answers": ["c"], "paragraphs": []}', "line 1"),
         ('{"question": 1, "answers": ["c"], "paragraphs": ["a"]}', "line 1"),
         ('[{"question": "b", "answers": [2], "paragraphs": ["a"]}]', "item 1"),
+        ('{"question": "b \\ud83d", "answers": ["c"], "paragraphs": ["a"]}', "line 1: holds half"),
     ],
 )
 def test_a_wrong_file_of_questions(text, where):
@@ -341,7 +362,7 @@ def test_samples_are_those_of_every_machine():
         for name in TASKS
     ]
     assert MATERIAL.words.source == "wonderwords 3.0.1"
-    assert sha256(" ".join(digests).encode()).hexdigest()[:16] == "492c9aa346e6ee75"
+    assert sha256(" ".join(digests).encode()).hexdigest()[:16] == "35ae47615be5f113"
 
 
 @pytest.mark.parametrize("name", RULER)
