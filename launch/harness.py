@@ -21,12 +21,14 @@ from launch.interrupts import quiet_interrupts
 if __name__ == "__main__":  # the imports below take seconds
     quiet_interrupts()
 
+import io
 import json
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from copy import copy
 from functools import partial
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -38,13 +40,18 @@ from launch.start import RankCommand, run_program
 from launch.weights import usable_model
 from ringstar.checks import check_any_length
 from ringstar.config import HarnessConfig
-from ringstar.errors import UserError
+from ringstar.errors import UserError, in_a_line
 from ringstar.models import ModelFiles
 from ringstar.ranks import make_ranks, under_torchrun
 from ringstar.runtime import LongContext
 
 NO_LM_EVAL = "is not installed: pip install 'ringstar[lm-eval]'"
 _NOT_FOUND = "Tasks not found"  # as lm-eval begins to say it
+# arguments with which every process would report, or delete what others do
+_OF_ONE = (
+    *("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args"),
+    "cache_requests",
+)
 _REPORT = "launch.report="  # which the launcher appends
 
 
@@ -87,20 +94,33 @@ def parsed(theirs: Sequence[str], files: ModelFiles) -> Namespace:
     for name in ("--model", "-M", "--model_args", "-a", "--device", "--batch_size", "-b"):
         if any(argument.partition("=")[0] == name for argument in theirs):
             raise UserError(name, None, "what runs is said by our own options; --help lists them")
-    if under_torchrun() and any(a.partition("=")[0] in ("--use_cache", "-c") for a in theirs):
-        why = "each rank would keep its own, and ranks must ask the same; use transport=threads"
-        raise UserError("--use_cache", None, why)
-    if not theirs:
-        raise UserError("--tasks", None, "is missing: what shall lm-eval run?")
     # tasks that make their texts to measure look for the tokenizer here
     model_args = json.dumps({"pretrained": str(files.folder)})  # a path may hold a comma
     whole = ["lm_eval", "run", "--model", "ringstar", "--model_args", model_args]
     before = sys.argv
     sys.argv = [*whole, *theirs]
     try:
-        return HarnessCLI().parse_args()
+        arguments = HarnessCLI().parse_args()
     finally:
         sys.argv = before
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: Namespace) -> None:
+    """Raise UserError for what lm-eval would find wrong, with what its own config file says."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints what a config file says
+            resolved = EvaluatorConfig.from_cli(copy(arguments))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError("lm-eval", None, in_a_line(error)) from error
+    if not resolved.tasks:
+        raise UserError("--tasks", None, "is missing: what shall lm-eval run?")
+    if under_torchrun() and resolved.use_cache:
+        why = "each rank would keep its own, and ranks must ask the same; use transport=threads"
+        raise UserError("--use_cache", resolved.use_cache, why)
 
 
 def run_rank(theirs: Sequence[str], config: HarnessConfig, phases: Any) -> None:
@@ -142,6 +162,9 @@ def _alone(arguments: Namespace, *, speaks: bool) -> Iterator[None]:
             stack.enter_context(redirect_stderr(nowhere))
             if arguments.output_path:  # not left out: some of its arguments ask for one
                 arguments.output_path = stack.enter_context(TemporaryDirectory())
+            for name in _OF_ONE:
+                if name in arguments:
+                    delattr(arguments, name)
         yield
 
 

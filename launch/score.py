@@ -108,7 +108,8 @@ def _document(
     ids, after = plan.document, plan.after
     if config.document.load is not None:
         return runtime.load(config.document.load), after
-    length = len(ids) + len(after) + plan.longest - 1
+    read = [len(each.ids) - 1 for each in plan.continuations]
+    length = runtime.check_lengths([len(ids) + len(after) + tokens for tokens in read])
     if not after and len(ids) > 1:  # so that its own last token is not read twice
         ids, after = ids[:-1], ids[-1:]
     with encode_bar(len(ids), shown=runtime.rank == 0) as on_progress:

@@ -42,7 +42,7 @@ def _kl(exact_TV: Tensor, other_TV: Tensor) -> Tensor:
     exact, other = (logits.double().log_softmax(-1) for logits in (exact_TV, other_TV))
     share = exact.exp()
     # what has no probability adds nothing, though its logarithm is infinite
-    terms = torch.where(share > 0, share * (exact - other), 0.0)
+    terms = torch.where(share == 0, 0.0, share * (exact - other))
     return terms.sum(-1).clamp_min(0.0)  # rounding can end a little below 0
 
 

@@ -4,15 +4,18 @@
     lm_eval.simple_evaluate(model=RingstarLM("DIR", strategy="star"), tasks=[...])
 
 Every rank makes the same calls and gets the same results.  To the harness they are one: its own
-ranks would share out samples, ours share each text.
+ranks would share out samples, ours share each text.  What `simple_evaluate` returns it gives to the
+first rank of each machine, and None to others.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from jinja2.exceptions import TemplateError
 from tqdm import tqdm
 
 try:
@@ -25,8 +28,14 @@ except ImportError as error:
 
 from ringstar.checks import check_any_length
 from ringstar.config import GenerationConfig, StarConfig
-from ringstar.errors import UserError
+from ringstar.errors import Refusal, UserError
 from ringstar.runtime import Document, LongContext
+from ringstar.scores import Score
+
+log = logging.getLogger("ringstar")
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # of each context, read after what star encodes, and seeing all of it
 STAR_QUERY_TOKENS = 256
@@ -94,6 +103,12 @@ class RingstarLM(TemplateLM):
         star = isinstance(self.runtime.config.strategy, StarConfig)
         self.query_tokens = query_tokens or (STAR_QUERY_TOKENS if star else 1)
         self._add_bos_token, self._seed = add_bos_token, seed
+        penalty = self.runtime.files.repetition_penalty()
+        if penalty != 1.0 and self.runtime.rank == 0:
+            log.warning(
+                f"generation_config.json asks for repetition_penalty={penalty}: there is none here,"
+                " so that answers differ from those of lm-eval's own backend"
+            )
 
     def __str__(self) -> str:
         return "ringstar"
@@ -127,12 +142,24 @@ class RingstarLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """As lm-eval's Hugging Face backend: without a system's part where a template has none."""
+
+        def applied(history: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return applied(chat_history)
+        except TemplateError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            log.warning(f"the chat template takes no system's part: left out ({error})")
+            return applied(others)
 
     def get_model_info(self) -> dict[str, Any]:
         """What stands in lm-eval's results beside the name of the model."""
@@ -183,10 +210,8 @@ class RingstarLM(TemplateLM):
         bar = self._bar(len(windows), "loglikelihood_rolling", disable_tqdm)
         for batch in self._batches([len(before) + len(ids) for _, before, ids in windows]):
             some = [windows[index] for index in batch]
-            scores = self.runtime.score_texts(
-                [before + ids for _, before, ids in some],
-                starts=[len(before) for _, before, _ in some],
-            )
+            texts = [(before + ids, len(before)) for _, before, ids in some]
+            scores = _apart_if_refused(self._scored, texts)
             for (number, _, _), score in zip(some, scores, strict=True):
                 sums[number] += score.logprob
             bar.update(len(some))
@@ -194,6 +219,10 @@ class RingstarLM(TemplateLM):
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
+
+    def _scored(self, texts: Sequence[tuple[list[int], int]]) -> list[Score]:
+        ids, starts = zip(*texts, strict=True)
+        return self.runtime.score_texts(list(ids), starts=list(starts))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers up to a stop text, an end token, or as many tokens as the task allows."""
@@ -205,13 +234,23 @@ class RingstarLM(TemplateLM):
         ]
 
         def answer(document: Document, after: list[int], number: int) -> None:
-            made = self.runtime.answer(document, after, settings=settings[number])
+            chosen = settings[number]
+            ends = self._ends(chosen.stop)
+            made = self.runtime.answer(document, after, settings=chosen, ends=ends)
             text = self.tokenizer.decode(made.ids, skip_special_tokens=True)
-            found[number] = postprocess_generated_text(text, settings[number].stop, None)
+            found[number] = postprocess_generated_text(text, chosen.stop, None)
             self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
 
         self._each(contexts, [0] * len(contexts), answer, "generate_until", disable_tqdm)
         return [found[number] for number in range(len(requests))]
+
+    def _ends(self, stops: Sequence[str]) -> set[int]:
+        """The tokenizer's own end, and stop texts that are special tokens: no text has those."""
+        added = self.tokenizer.added_tokens_decoder
+        whole = [self.tokenizer.encode(text, add_special_tokens=False) for text in stops]
+        special = {ids[0] for ids in whole if len(ids) == 1 and ids[0] in added}
+        own = self.tokenizer.eos_token_id
+        return {token for token in special if added[token].special} | ({own} - {None})
 
     def _context(self, text: str, room: int) -> list[int]:
         """The last tokens of a text, as many as there is room for."""
@@ -260,12 +299,19 @@ class RingstarLM(TemplateLM):
             cuts = [max(1, len(group.ids) - self.query_tokens) for group in some]
             lengths = [len(g.ids) + max(sizes[number] for number in g.requests) for g in some]
             heads = [group.ids[:cut] for group, cut in zip(some, cuts, strict=True)]
-            documents = self.runtime.encode_batch(heads, lengths=lengths)
-            for group, cut, document in zip(some, cuts, documents, strict=True):
+            texts = list(zip(heads, lengths, strict=True))
+            documents = _apart_if_refused(self._encoded, texts)
+            for group, cut, document, text in zip(some, cuts, documents, texts, strict=True):
                 for number in group.requests:
+                    if document.evicted:  # it made room for those before it
+                        (document,) = self._encoded([text])
                     use(document, group.ids[cut:], number)
                     bar.update()
         bar.close()
+
+    def _encoded(self, texts: Sequence[tuple[list[int], int]]) -> list[Document]:
+        ids, lengths = zip(*texts, strict=True)
+        return self.runtime.encode_batch(list(ids), lengths=list(lengths))
 
     def _groups(self, contexts: Sequence[list[int]], sizes: Sequence[int]) -> list[_Context]:
         """Requests by their context; and by their size, where rope depends on that."""
@@ -290,6 +336,16 @@ class RingstarLM(TemplateLM):
 
     def _bar(self, total: int, name: str, quiet: bool) -> Any:
         return tqdm(total=total, desc=name, disable=quiet or self.runtime.rank != 0)
+
+
+def _apart_if_refused(work: Callable[[list[T]], list[R]], items: list[T]) -> list[R]:
+    """All together; one by one where there is no room for all."""
+    try:
+        return work(items)
+    except Refusal:
+        if len(items) == 1:
+            raise
+        return [result for item in items for result in work([item])]
 
 
 def _total(sizes: Sequence[int], batch: Iterable[int]) -> int:

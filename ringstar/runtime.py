@@ -437,9 +437,10 @@ class LongContext:
         on_text: Callable[[str], None] | None = None,
         until: Callable[[str], bool] | None = None,
         settings: GenerationConfig | None = None,
+        ends: Collection[int] = (),
         **changes: Any,
     ) -> Answer:
-        """`ask`, for the token ids of a question.
+        """`ask`, for the token ids of a question; these tokens are `ends` beside the model's own.
 
         `before` are earlier turns behind the document.  If there is a `top`, whose turns they
         are, KV of this turn stays for its next one; with none, nothing is left behind.
@@ -450,7 +451,7 @@ class LongContext:
         check_held(document, self)
         self.check_question(document, len(before) + len(ids), chosen.max_new_tokens)
         self.shelf.use(document)
-        tokenizer, ends = self.files.tokenizer, self.files.end_tokens()
+        tokenizer, ends = self.files.tokenizer, self.files.end_tokens().union(ends)
         if chosen.stop and tokenizer is None:
             raise UserError("generation.stop", chosen.stop[0], "needs a model with a tokenizer")
 

@@ -32,8 +32,7 @@ def score(
     ids = [_following_ids(runtime, "continuation", each) for each in continuations]
     before = _following_ids(runtime, "after", after) if len(after) else []
     if not isinstance(document, Document):
-        longest = max(map(len, ids), default=0)
-        document, before = _encode_before(runtime, document, before, longest, on_progress)
+        document, before = _encode_before(runtime, document, before, ids, on_progress)
     check_held(document, runtime)
     runtime.group.shelf.use(document)
     again = 0 if before else 1
@@ -55,12 +54,17 @@ def _following_ids(runtime: LongContext, key: str, given: Text) -> list[int]:
 
 
 def _encode_before(
-    runtime: LongContext, text: Text, after: list[int], longest: int, report: OnProgress | None
+    runtime: LongContext,
+    text: Text,
+    after: list[int],
+    continuations: list[list[int]],
+    report: OnProgress | None,
 ) -> tuple[Document, list[int]]:
     """A text, encoded but for its last token, which is read with what comes after it."""
     files = runtime.files
     ids = token_ids("document", text, files.plain_ids, files.vocab_size)
-    length = len(ids) + len(after) + max(0, longest - 1)
+    read = [max(0, len(each) - 1) for each in continuations] or [0]
+    length = runtime.check_lengths([len(ids) + len(after) + tokens for tokens in read])
     head, after = (ids[:-1], [ids[-1], *after]) if len(ids) > 1 else (ids, after)
     check_fits(runtime.config, files, runtime.world_size, len(head), length - len(head))
     return runtime.encode(head, report, length=length), after

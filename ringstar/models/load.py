@@ -110,6 +110,11 @@ class ModelFiles(ModelFacts):
         listed = ends if isinstance(ends, list) else [ends]
         return frozenset(token for token in listed if token is not None)
 
+    def repetition_penalty(self) -> float:
+        """What Hugging Face's own generation of this model divides logits by; 1 is nothing."""
+        own = {} if self.gguf else self._generation_config()
+        return float(own.get("repetition_penalty") or 1.0)
+
     def _generation_config(self) -> dict[str, Any]:
         path = self.folder / "generation_config.json"
         try:

@@ -5,13 +5,14 @@ lm-eval's own command line on ranks: our options, then its arguments.
 
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 import launch.harness
-from launch.harness import split
+from launch.harness import _alone, split
 from ringstar.harness import RingstarLM
 from tests.support.commands import TORCHRUN, environment, json_lines, python
 from tests.support.lm_eval_tasks import choices, local_task
@@ -61,7 +62,7 @@ def test_processes_run_a_task_and_one_of_them_speaks(chat, tmp_path):
             assert float(value[0]) == pytest.approx(want, abs=1e-3)
 
 
-def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypatch):
+def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypatch, tmp_path):
     given = [f"model.path={chat}"]
     assert refused(*given).startswith("--tasks: is missing")
     assert "our own options" in refused(*given, "--model", "hf", "--tasks", "x")
@@ -78,7 +79,12 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypat
             "lm-eval: is not installed: pip install 'ringstar[lm-eval]'"
         )
     monkeypatch.setattr(launch.harness, "under_torchrun", lambda: True)
-    assert "transport=threads" in refused(*given, "--tasks", "x", "--use_cache", "c")
+    for cache in (["--use_cache", "c"], ["--use_c=c"], ["--config", str(tmp_path / "a.yaml")]):
+        (tmp_path / "a.yaml").write_text("use_cache: c")
+        assert "transport=threads" in refused(*given, "--tasks", "x", *cache)
+    assert "output_path" in refused(*given, "--tasks", "x", "--log_samples")
+    assert refused(*given, "--num_fewshot", "1").startswith("--tasks: is missing")
+    assert "none.yaml" in refused(*given, "--tasks", "x", "--config", "none.yaml")
 
 
 def test_a_task_that_the_harness_does_not_have_is_named(chat, tmp_path):
@@ -89,6 +95,17 @@ def test_a_task_that_the_harness_does_not_have_is_named(chat, tmp_path):
     said = run.stderr.splitlines()[-1]
     assert run.returncode == 2, run.stderr
     assert said.startswith("ringstar: --tasks=arc_eazy: lm-eval has no such task")
+
+
+def test_only_one_process_reports_elsewhere(tmp_path):
+    given = {"wandb_args": {"project": "a"}, "cache_requests": {"delete": True}}
+    for speaks in (True, False):
+        arguments = Namespace(output_path=str(tmp_path), tasks="x", **given)
+        with _alone(arguments, speaks=speaks):
+            assert {name for name in given if name in arguments} == (
+                set(given) if speaks else set()
+            )
+            assert (arguments.output_path == str(tmp_path)) == speaks
 
 
 def test_arguments_that_the_harness_does_not_know_end_as_it_ends(chat, capsys):

@@ -70,6 +70,12 @@ def test_adding_to_all_logits_changes_nothing(rows, a, b):
     assert same_top(exact, exact + a) or exact.topk(min(2, exact.shape[1])).values.diff() > -1e-9
 
 
+def test_what_is_no_number_stays_none():
+    broken = torch.tensor([[0.0, torch.nan, 1.0]])
+    assert kl_divergence(broken, torch.zeros(1, 3)).isnan().all()
+    assert kl_divergence(torch.zeros(1, 3), broken).isnan().all()
+
+
 def test_top_tokens():
     exact = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
     other = torch.tensor([[0.0, 9.0], [0.0, 1.0], [5.0, 6.0]])

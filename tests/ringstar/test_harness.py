@@ -4,6 +4,7 @@ lm-eval's own tasks through the runtime, offline, against its own Hugging Face b
 answers, log-likelihoods within 1e-3.
 """
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,11 @@ pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 import lm_eval.evaluator
 import nltk
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from ringstar import LongContext, UserError
+from ringstar import CacheConfig, LongContext, UserError
 from ringstar.config import ModelConfig, StarConfig
 from ringstar.harness import RingstarLM
 from ringstar.models import find_model
@@ -140,6 +142,49 @@ def test_answers_end_where_they_should():
     got, want = (lm.generate_until(instances(*asked), disable_tqdm=True) for lm in (mine, its))
     assert got == want
     assert got[0] == whole[: whole.index(whole[3:6])]
+
+
+def test_special_tokens_end_answers_too():
+    """They are in no text, so that no search of texts finds them."""
+    lm = ours(chat_folder())
+    bot, end = lm.tokenizer.convert_tokens_to_ids(["<bot>", lm.tokenizer.eos_token])
+    assert lm._ends(["<bot>", "a", "<bot>a", "the"]) == {bot, end}
+    document = lm.runtime.encode(LINES[0])
+    whole = lm.runtime.answer(document, [5, 6], max_new_tokens=12).ids
+    at = next(at for at, token in enumerate(whole) if at and token not in whole[:at])
+    cut = lm.runtime.answer(document, [5, 6], max_new_tokens=12, ends=[whole[at]])
+    assert cut.ids == whole[:at] and cut.finish_reason == "stop"
+
+
+def test_a_template_without_a_system_s_part(tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(chat_folder(), folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.25}')
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    mine, its = ours(str(folder)), theirs(str(folder))
+    assert mine.apply_chat_template(chat) == its.apply_chat_template(chat) == "<user>Who?"
+    assert "left out" in caplog.text and "repetition_penalty=1.25" in caplog.text
+
+
+def test_contexts_that_fit_alone_are_encoded_alone():
+    """What made room for others of its batch is encoded again."""
+    folder, token = chat_folder(), 2 * 2 * 2 * 8 * 4
+    lines = [" ".join(LINES[n:] + LINES[:n]) for n in range(4)]
+    pairs = instances(*((line, more) for line in lines for more in (" Aurora.", " the ship left")))
+    want = ours(folder, world_size=1)
+    longest = max(len(want.tok_encode(line)) for line in lines)
+    cache = CacheConfig(max_bytes=(longest + 24) * token, page_tokens=4)
+    got = ours(folder, world_size=1, cache=cache)
+    with pytest.raises(UserError, match=r"cache\.max_bytes"):
+        got.runtime.encode_batch([want.tok_encode(line) for line in lines])
+    for name in ("loglikelihood", "loglikelihood_rolling"):
+        some = pairs if name == "loglikelihood" else instances(*((line,) for line in lines))
+        found, whole = (getattr(lm, name)(some, disable_tqdm=True) for lm in (got, want))
+        assert torch.tensor(found).sub(torch.tensor(whole)).abs().max() < 1e-4
 
 
 def test_samples_are_drawn_anew_for_each_request():

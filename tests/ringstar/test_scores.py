@@ -17,7 +17,16 @@ from ringstar import LongContext, Score, UserError, scores
 from ringstar.config import Config, ModelConfig, StarConfig
 from seqpar.process import ProcessWorld
 from tests.support.chat import LINES, chat_folder
-from tests.support.models import DYNAMIC, FAMILIES, OTHERS, eager, fresh, random_ids, tiny_folder
+from tests.support.models import (
+    DYNAMIC,
+    FAMILIES,
+    LONGROPE,
+    OTHERS,
+    eager,
+    fresh,
+    random_ids,
+    tiny_folder,
+)
 from tests.support.ranks import in_processes
 from tests.support.star_oracle import Anchored, anchored, first_anchor, kept_kv, star
 
@@ -275,6 +284,21 @@ def test_rope_by_length_is_that_of_the_text_that_is_read():
     _near(score, logits, ids[80:])
     with pytest.raises(UserError, match="depends on the length of the text"):
         ours.score(ours.encode(ids[:80]), [ids[80:]])
+
+
+def test_continuations_that_rope_keeps_apart_are_refused_before_the_encode(monkeypatch):
+    folder, ids = tiny_folder("phi3", **LONGROPE), random_ids(76)
+    ours = runtime(folder, 2, allow_beyond_limit=True)
+    ours.score(ids, [ids[:6], ids[:9]])
+    monkeypatch.setattr(ours, "encode", None)
+    with pytest.raises(UserError, match="would be encoded for 79 tokens and for 84"):
+        ours.score(ids, [ids[:9], ids[:4]])
+
+
+def test_what_is_no_number_is_a_fault():
+    rows = torch.tensor([[-1.0, torch.nan], [1, 0]])
+    with pytest.raises(RuntimeError, match="logits that are not finite"):
+        scores.score_of([1, 2], rows)
 
 
 def test_curves_cut_a_score_into_pieces():
