@@ -136,7 +136,7 @@ def table(plan: Plan, rows: Sequence[CellResult]) -> str:
     for row in rows:
         by_task.setdefault((row.task, row.depth), []).append(row)
     body = [
-        [task if depth is None else f"{task}, {depth:.0%}", str(cells[0].samples)]
+        [task if depth is None else f"{task}, {100 * depth:.4g}%", str(cells[0].samples)]
         + [text for cell in cells for text in _cells(cell)]
         for (task, depth), cells in by_task.items()
     ]

@@ -14,9 +14,10 @@ from launch.lines import LineLog, line_of, whole_lines
 from launch.outputs import OF_MODEL, check_begun_alike, write_config
 from launch.questions import RESULT_FIELDS, Question
 from ringstar.answers import Answer
-from ringstar.config import AskConfig
+from ringstar.config import AskConfig, saved_strategy
 from ringstar.errors import UserError
 from ringstar.ranks import world_size_of
+from ringstar.store import saved_by
 from ringstar.strategies import blocks_of
 
 # sections and options of the config that answers depend on, wherever the document came from
@@ -53,13 +54,15 @@ def contexts_of(config: AskConfig, entries: Mapping[str, Entry]) -> dict[str, di
 
 
 def _context_of(config: AskConfig, entry: Entry) -> dict[str, Any]:
-    blocks = None
-    if entry.load is None:  # else they are as they were
-        world = config.launch.nproc or world_size_of(config.transport)
-        blocks = blocks_of(config.strategy, len(entry.ids), world)
+    strategy, world = config.strategy, config.launch.nproc or world_size_of(config.transport)
+    if entry.load is not None:
+        settings, world = saved_by("document.load", entry.load)
+        strategy = saved_strategy("document.load", entry.load, settings)
+    blocks = blocks_of(strategy, len(entry.ids), world)
     return {
         "document_sha256": entry.sha256,
         "block_size": blocks.size if blocks is not None else None,
+        "anchor_size": blocks.anchor if blocks is not None else None,
     }
 
 

@@ -40,6 +40,7 @@ from launch.outputs import check_writable
 from launch.questions import ONLY, Question, read_questions, typed_lines
 from launch.start import RankCommand, run_program
 from launch.streams import print_piece
+from launch.terminal import terminal_as_it_was
 from launch.weights import usable_model
 from ringstar.answers import Answer
 from ringstar.config import AskConfig
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         run_rank,
         help=lambda: help_text(__doc__ or "", ASK),
     )
-    return command.main(arguments)
+    with terminal_as_it_was():
+        return command.main(arguments)
 
 
 def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list[Question]]:

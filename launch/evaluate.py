@@ -95,22 +95,34 @@ def run_rank(config: EvaluationConfig, phases: Any) -> None:
     ranks, why = make_ranks(config.transport, phases)
     jobs = pending(plan, _done(ranks, before))
     first = ranks.transports[0].rank == 0
-    samples = SampleLog(config, before) if first else None
     if first:
         _say_plan(config, plan, jobs)
-    close = [transport.close for transport in ranks.transports]
-    if jobs:
-        exact = replace(config, strategy=plan.contenders[0].exact)
-        runtime = LongContext(exact, files, ranks, why)
-        close = [runtime.close]  # which writes its trace
-        check_model(config.output.path, _of_rank_0(ranks, models_of(before)), runtime)
+    runtime = _runtime(config, files, plan, ranks, why, before) if jobs else None
+    samples = SampleLog(config, before) if first else None
+    if runtime is not None:
         with choices_unsaid(), work_bar("evaluate", work_of(jobs), shown=first) as bar:
             add = samples.add if samples else lambda line: None
             Measurement(runtime, plan, bar, add).run(jobs)
     if samples:
         _report(config, files, plan, samples.lines)
-    for each in close:
-        each()
+    # a runtime's also writes its trace
+    for each in [runtime] if runtime is not None else ranks.transports:
+        each.close()
+
+
+def _runtime(
+    config: EvaluationConfig,
+    files: ModelFiles,
+    plan: Plan,
+    ranks: Ranks,
+    why: str,
+    before: Sequence[Scored],
+) -> LongContext:
+    """With the model, which is the one that was scored before."""
+    exact = replace(config, strategy=plan.contenders[0].exact)
+    runtime = LongContext(exact, files, ranks, why)
+    check_model(config.output.path, _of_rank_0(ranks, models_of(before)), runtime)
+    return runtime
 
 
 def _done(ranks: Ranks, before: Sequence[Scored]) -> set[tuple]:

@@ -55,7 +55,7 @@ class Measurement:
     def run(self, jobs: Sequence[Job]) -> None:
         """All jobs; each sample is made once, and encoded once for each contender."""
         if jobs:
-            first = self._plan.sample(*jobs[0][:2])
+            first = self._plan.sample(jobs[0][0], 0)  # which was made before, to check it
             ids, _ = prompt_ids(self._runtime.files, first.prompt)
             self._runtime.encode(ids[:_WARM_UP_TOKENS], strategy=self._plan.contenders[0].exact)
         for cell, number, left in jobs:
@@ -74,7 +74,9 @@ class Measurement:
         try:
             return self._plan.sample(cell, number)
         except UserError as error:
-            log.warning(f"{cell.task.name} {cell.length:,}: sample {number} is left out: {error}")
+            where = f"{cell.task.name} {cell.length:,}"
+            if self._runtime.rank == 0:
+                log.warning(f"{where}: sample {number} is left out: {error}")
             return None
 
     def _encode(self, cell: Cell, contender: Contender, ids: list[int], query: int) -> Document:

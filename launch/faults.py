@@ -14,6 +14,7 @@ from torch.distributed import Store
 from ringstar.errors import TransportError, UserError
 
 DONE, FAULT, USER, INTERRUPTED = 0, 1, 2, 130
+ENDED = 128  # and the number of the signal that ended it
 
 
 class Fault(RuntimeError):

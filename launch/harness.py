@@ -21,7 +21,6 @@ from launch.interrupts import quiet_interrupts
 if __name__ == "__main__":  # the imports below take seconds
     quiet_interrupts()
 
-import io
 import json
 import os
 import sys
@@ -47,11 +46,8 @@ from ringstar.runtime import LongContext
 
 NO_LM_EVAL = "is not installed: pip install 'ringstar[lm-eval]'"
 _NOT_FOUND = "Tasks not found"  # as lm-eval begins to say it
-# arguments with which every process would report, or delete what others do
-_OF_ONE = (
-    *("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args"),
-    "cache_requests",
-)
+# arguments with which every process would report
+_OF_ONE = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
 _REPORT = "launch.report="  # which the launcher appends
 
 
@@ -107,20 +103,32 @@ def parsed(theirs: Sequence[str], files: ModelFiles) -> Namespace:
     return arguments
 
 
+def _of_file(arguments: Namespace) -> dict[str, Any]:
+    """What the config file says, if there is one, which is then done with."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    path = getattr(arguments, "config", None)
+    arguments.config = None
+    return EvaluatorConfig.load_yaml_config(path) if path else {}
+
+
 def _check(arguments: Namespace) -> None:
-    """Raise UserError for what lm-eval would find wrong, with what its own config file says."""
+    """Raise UserError for what lm-eval would find wrong; what its config file says is taken in."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     try:
-        with redirect_stdout(io.StringIO()):  # it prints what a config file says
-            resolved = EvaluatorConfig.from_cli(copy(arguments))
+        for name, value in _of_file(arguments).items():
+            if not getattr(arguments, name, None) and getattr(arguments, name, None) != 0:
+                setattr(arguments, name, value)
+        resolved = EvaluatorConfig.from_cli(copy(arguments))
     except (ValueError, TypeError, OSError) as error:
         raise UserError("lm-eval", None, in_a_line(error)) from error
     if not resolved.tasks:
         raise UserError("--tasks", None, "is missing: what shall lm-eval run?")
-    if under_torchrun() and resolved.use_cache:
-        why = "each rank would keep its own, and ranks must ask the same; use transport=threads"
-        raise UserError("--use_cache", resolved.use_cache, why)
+    for name in ("use_cache", "cache_requests"):
+        if under_torchrun() and getattr(resolved, name):
+            why = "each rank would keep its own, and ranks must ask the same; use transport=threads"
+            raise UserError(f"--{name}", None, why)
 
 
 def run_rank(theirs: Sequence[str], config: HarnessConfig, phases: Any) -> None:

@@ -30,6 +30,7 @@ RESULT_FIELDS = (
     "tpot_s",
     "document_sha256",
     "block_size",
+    "anchor_size",
 )
 # the name of a document that is the only one
 ONLY = ""

@@ -15,7 +15,6 @@ from launch.faults import DONE, Reporter, exit_status, leave
 from launch.inputs import standard_input_kept
 from launch.ranks import join_launcher, start_ranks
 from launch.streams import print_every_letter, show_choices
-from launch.terminal import terminal_as_it_was
 from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.ranks import check_gpus, check_ranks, check_strategy, under_torchrun
@@ -69,9 +68,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> NoReturn:
     if not under_torchrun():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_grad_enabled(False)
-    with terminal_as_it_was():
-        status = main(sys.argv[1:])
-    leave(status)
+    leave(main(sys.argv[1:]))
 
 
 def begin_rank(config: Config) -> None:

@@ -122,7 +122,8 @@ class Shelf:
                 break
             levels.append(self._by_block[block])
         for keys in reversed(levels):  # whoever has more blocks in common has more tokens
-            documents = [document for key in keys if (document := self._by_use[key]()) is not None]
+            found = [self._by_use.get(key, _nobody)() for key in keys]
+            documents = [document for document in found if document is not None]
             pairs = [(document, _in_common(document.ids, ids)) for document in documents]
             fitting = [pair for pair in pairs if pair[1] and fits(*pair)]
             if fitting:
@@ -141,6 +142,10 @@ class Shelf:
 
 def _always(document: Document) -> Callable[[], Document]:
     return lambda: document
+
+
+def _nobody() -> None:
+    """What is known no more."""
 
 
 def _blocks(ids: Sequence[int]) -> Iterator[int]:

@@ -102,7 +102,7 @@ class RingstarLM(TemplateLM):
         check_any_length(self.runtime.config.strategy)
         star = isinstance(self.runtime.config.strategy, StarConfig)
         self.query_tokens = query_tokens or (STAR_QUERY_TOKENS if star else 1)
-        self._add_bos_token, self._seed = add_bos_token, seed
+        self._add_bos_token, self._seed, self._said_system = add_bos_token, seed, False
         penalty = self.runtime.files.repetition_penalty()
         if penalty != 1.0 and self.runtime.rank == 0:
             log.warning(
@@ -158,7 +158,9 @@ class RingstarLM(TemplateLM):
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            log.warning(f"the chat template takes no system's part: left out ({error})")
+            if self.runtime.rank == 0 and not self._said_system:
+                log.warning(f"the chat template takes no system's part: left out ({error})")
+            self._said_system = True
             return applied(others)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ from launch.bench.ranks import check_request as check_plan
 from launch.bench.ranks import measure
 from launch.bench.result import result_of, row_of
 from launch.bench.tables import block, comparison, tables
-from launch.faults import DONE, FAULT, INTERRUPTED, Fault, Reporter, exit_status
+from launch.faults import DONE, ENDED, FAULT, Fault, Reporter, exit_status
 from launch.help import help_text
 from launch.options import BENCH
 from launch.outputs import check_writable, write_file, write_result
@@ -100,12 +101,17 @@ def run_rank(arguments: Sequence[str], config: BenchConfig, phases: Any) -> None
     with tempfile.TemporaryDirectory() as folder, _bar(plan) as bar:
         report = Report(arguments, files, plan, earlier, bar)
         cells = Path(folder) / "cells.jsonl"
+        reader, first = LineReader(cells, report.show), os.environ["RANK"] == "0"
         try:
-            with LineReader(cells, report.show) as reader:
+            with reader:
                 measure(config, files, plan, str(cells), phases)
-        finally:  # be it after a fault: what is done is not lost
-            if os.environ["RANK"] == "0":
-                report.finish(reader.lines)
+        except Exception:  # what is done is not lost, and the fault is what is said
+            with suppress(Exception):
+                if first:
+                    report.finish(reader.lines)
+            raise
+    if first:
+        report.finish(reader.lines)
 
 
 def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
@@ -125,7 +131,7 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
             for child in children(plan, arguments, cells):
                 bar.clear()
                 status = start_ranks(child.module, child.arguments, child.nproc)
-                if status == INTERRUPTED:
+                if status >= ENDED:
                     return status
                 if status != DONE and child.peer:
                     log.info(f"{child.module} ended so; the others go on")

@@ -50,14 +50,13 @@ def run_rank(config: BenchConfig, phases: Any) -> None:
     measure(config, files, plan, config.bench.cells, phases)
 
 
-def measure(config: BenchConfig, files: ModelFiles, plan: Plan, cells: str, phases: Any) -> bool:
-    """Every strategy with every load, as lines of the file `cells`; whether this is rank 0."""
+def measure(config: BenchConfig, files: ModelFiles, plan: Plan, cells: str, phases: Any) -> None:
+    """Every strategy with every load, as lines of the file `cells`."""
     ranks, why = make_ranks(config.transport, phases)
     first = ranks.transports[0].rank == 0
     RankBench(config, files, plan, ranks, why, cells if first else None).run()
     for transport in ranks.transports:
         transport.close()
-    return first
 
 
 class Encoded:

@@ -26,8 +26,8 @@ class QuestionAnswering:
     ) -> Iterator[Draft]:
         """A draft of each question: gold paragraphs can be too long.
 
-        One sample after another begins with the next of a random order, so that none comes again
-        before all have come.
+        One sample after another begins with the next of a random order, so that of those that fit
+        none comes again before all have come, but the one behind one that does not.
         """
         questions, (every, _, number) = material.questions, name.rsplit("/", 2)
         items = questions.of_hops(self.several)

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class Budget:
 
     limit: int | None = None
     used: int = 0
-    groups: list[PageGroup] = field(default_factory=list)
+    # weakly: each refers to this, and memory must go with the last of its users
+    groups: WeakSet[PageGroup] = field(default_factory=WeakSet)
 
     @property
     def left(self) -> int:
@@ -117,7 +119,7 @@ class PageGroup:
         self.ledger = Ledger()
         self._storage, self._budget = storage, budget
         self._planned = 0  # pages that there will be, taken or free
-        budget.groups.append(self)
+        budget.groups.add(self)
         self._slabs: list[Slab] = []
         # pages of texts that nobody has any more: these may die in any thread
         self._orphans: deque[list[Run]] = deque()

@@ -7,6 +7,7 @@ from ringstar.store.read import (
     dealt,
     read_ids,
     read_shard,
+    saved_by,
     saved_ids,
     saved_needs,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "read_manifest",
     "read_shard",
     "remove_saved",
+    "saved_by",
     "saved_ids",
     "saved_needs",
     "write_shards",

@@ -51,6 +51,12 @@ def saved_ids(key: str, folder: str) -> list[int]:
         raise UserError(key, folder, f"damaged: {in_a_line(error)}") from error
 
 
+def saved_by(key: str, folder: str) -> tuple[dict[str, Any], int]:
+    """The settings of the strategy that encoded it, and on how many ranks; raises UserError."""
+    _, manifest = read_manifest(key, folder)
+    return manifest.strategy, len(manifest.parts[0].owned)
+
+
 def check_saved(transport: Transport, path: Path, manifest: Manifest) -> str | None:
     """Check every file against its checksum, each on one rank; what is wrong, on every rank."""
     files = manifest.files

@@ -3,6 +3,7 @@
 Many questions about one document: from a file, in order and resumable; or typed.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -154,7 +155,8 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(asked, how):
     before = termios.tcgetattr(terminal)
     command = [sys.executable, "-m", "launch.ask", *kept, *how]
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    with subprocess.Popen(command, env=environment(), start_new_session=True, **streams) as run:
+    own = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    with subprocess.Popen(command, env=environment(), **own, **streams) as run:
         shown = b""
         while b"? " not in shown:
             assert run.poll() is None, shown
@@ -335,6 +337,20 @@ def test_star_goes_on_with_blocks_of_the_same_size(run, asked):
     _, err = run(*arguments, *star, "transport.world_size=3", status=2)
     assert f"output.path={path}:1: is about another block_size" in err
     size = json.loads(done.splitlines()[0])["block_size"]
+    folder = path.parent / "kv"  # as it was saved, whoever loads it
+    path.unlink()
+    run(*arguments, *star, "transport.world_size=2", f"document.save={folder}")
+    loading = [a for a in arguments if not a.startswith("document.path")]
+    loading += [f"document.load={folder}", *star]
+    done = path.read_text()
+    run(*loading, "transport.world_size=3")
+    assert path.read_text() == done
+    path.unlink()
+    ring = [a for a in arguments if "strategy" not in a]
+    run(*ring, *THREADS)
+    exact = [a for a in loading if a not in star]
+    _, err = run(*exact, *THREADS, status=2)
+    assert f"output.path={path}:1: is about another block_size" in err
     path.unlink()
     sized = [*star, f"strategy.block_size={size}"]
     run(*arguments, *sized, "transport.world_size=2")

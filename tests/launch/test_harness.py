@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 import launch.harness
-from launch.harness import _alone, split
+from launch.harness import _alone, parsed, split
+from ringstar.config import ModelConfig
 from ringstar.harness import RingstarLM
+from ringstar.models import find_model
 from tests.support.commands import TORCHRUN, environment, json_lines, python
 from tests.support.lm_eval_tasks import choices, local_task
 
@@ -79,7 +81,12 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypat
             "lm-eval: is not installed: pip install 'ringstar[lm-eval]'"
         )
     monkeypatch.setattr(launch.harness, "under_torchrun", lambda: True)
-    for cache in (["--use_cache", "c"], ["--use_c=c"], ["--config", str(tmp_path / "a.yaml")]):
+    for cache in (
+        ["--use_cache", "c"],
+        ["--use_c=c"],
+        ["--config", str(tmp_path / "a.yaml")],
+        ["--cache_requests", "true"],
+    ):
         (tmp_path / "a.yaml").write_text("use_cache: c")
         assert "transport=threads" in refused(*given, "--tasks", "x", *cache)
     assert "output_path" in refused(*given, "--tasks", "x", "--log_samples")
@@ -97,8 +104,18 @@ def test_a_task_that_the_harness_does_not_have_is_named(chat, tmp_path):
     assert said.startswith("ringstar: --tasks=arc_eazy: lm-eval has no such task")
 
 
+def test_what_lm_eval_s_own_file_says_is_taken_in(chat, tmp_path):
+    """And what is on the command line comes before it."""
+    (tmp_path / "a.yaml").write_text("limit: 3\nnum_fewshot: 2\nwandb_args: {project: a}\n")
+    theirs = ["--tasks", "x", "--limit", "5", "--config", str(tmp_path / "a.yaml")]
+    found = parsed(theirs, find_model(ModelConfig(path=chat)))
+    assert (found.limit, found.num_fewshot, found.config) == (5, 2, None)
+    with _alone(found, speaks=False):
+        assert "wandb_args" not in found
+
+
 def test_only_one_process_reports_elsewhere(tmp_path):
-    given = {"wandb_args": {"project": "a"}, "cache_requests": {"delete": True}}
+    given = {"wandb_args": {"project": "a"}, "trackio_args": {"project": "b"}}
     for speaks in (True, False):
         arguments = Namespace(output_path=str(tmp_path), tasks="x", **given)
         with _alone(arguments, speaks=speaks):
