@@ -28,7 +28,8 @@ def answered(
     config: AskConfig, entries: Mapping[str, Entry], questions: Sequence[Question]
 ) -> list[list[int]]:
     """The token ids of the answers that `output.path` has; UserError if it is about others."""
-    lines, contexts = _begun(config), contexts_of(config, entries)
+    lines = _begun(config)
+    contexts = contexts_of(config, entries) if lines else {}
     for number, (text, question) in enumerate(zip(lines, questions, strict=False), 1):
         line = _answer_in(text)
         kept = {key: value for key, value in line.items() if key not in RESULT_FIELDS}
@@ -69,8 +70,7 @@ def _context_of(config: AskConfig, entry: Entry) -> dict[str, Any]:
 def _begun(config: AskConfig) -> list[str]:
     """The whole lines of `output.path`; UserError if no run with these settings began it."""
     path = config.output.path
-    file = Path(path).expanduser() if path is not None else None
-    if path is None or file is None or not file.exists() or not file.stat().st_size:
+    if path is None or not (file := Path(path).expanduser()).exists() or not file.stat().st_size:
         return []
     check_begun_alike(config, path, _DECISIVE)  # be it half a line
     return whole_lines(file)

@@ -102,10 +102,12 @@ def run_rank(config: AskConfig, phases: Any) -> None:
     """What every rank does: connect, encode or load, answer; rank 0 reads and writes."""
     files, entries, questions = check_request(config)
     runtime = LongContext(config, files, *make_ranks(config.transport, phases))
-    longest: dict[str, int] = {}
+    asked: dict[str, list[int]] = {}
     for question in questions:
-        longest[question.document] = max(longest.get(question.document, 0), len(question.ids))
-    _check_lengths(config, runtime, entries, questions)
+        asked.setdefault(question.document, []).append(len(question.ids))
+    if not config.questions.follow_up:
+        _check_lengths(runtime, entries, asked)
+    longest = {name: max(sizes) for name, sizes in asked.items()}
     library = Library(runtime, entries, longest)
     if ONLY in entries:
         request = Request(entries[ONLY].ids, [0] * longest.get(ONLY, 0))
@@ -118,16 +120,13 @@ def run_rank(config: AskConfig, phases: Any) -> None:
 
 
 def _check_lengths(
-    config: AskConfig, runtime: LongContext, entries: dict[str, Entry], questions: list[Question]
+    runtime: LongContext, entries: Mapping[str, Entry], asked: Mapping[str, list[int]]
 ) -> None:
     """Raise UserError now if a document would have to be encoded for each question anew."""
-    lengths: dict[str, list[int]] = {}
-    for question in () if config.questions.follow_up else questions:
-        entry = entries[question.document]
+    for name, sizes in asked.items():
+        entry = entries[name]
         if entry.load is None:
-            lengths.setdefault(question.document, []).append(len(entry.ids) + len(question.ids))
-    for some in lengths.values():
-        runtime.check_lengths(some)
+            runtime.check_lengths([len(entry.ids) + tokens for tokens in sizes])
 
 
 def _answer_file(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig, Config, DocumentConfig, ScoreConfig
 from ringstar.errors import UserError
+from ringstar.letters import has_half_letters
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
 from ringstar.store import saved_ids
@@ -138,7 +139,7 @@ def _object(text: str, form: str) -> dict[str, Any]:
         raise UserError("line", None, f"is not JSON ({error}); needed: {form}") from error
     if not isinstance(found, dict):
         raise UserError("line", None, f"needed: {form}")
-    if _has_half_letters(json.dumps(found, ensure_ascii=False)):
+    if has_half_letters(json.dumps(found, ensure_ascii=False)):
         why = "holds half a letter: one of \\ud800 to \\udfff without its other half"
         raise UserError("line", None, why)
     return found
@@ -197,12 +198,8 @@ def given_text(key: str, value: str) -> str:
 
 def check_letters(key: str, value: str) -> None:
     """Raise UserError for text of the command line that was not UTF-8."""
-    if _has_half_letters(value):  # undecodable bytes become these
+    if has_half_letters(value):  # undecodable bytes become these
         raise UserError(key, None, "is not UTF-8 text")
-
-
-def _has_half_letters(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _ids_file(key: str, path: str) -> tuple[list[int], list[int] | None]:

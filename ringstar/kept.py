@@ -27,7 +27,6 @@ from ringstar.store import (
     Manifest,
     check_saved,
     dealt,
-    fingerprint,
     is_saved,
     move_saved,
     read_ids,
@@ -176,7 +175,7 @@ def identity(runtime: LongContext) -> dict[str, str]:
     scaled = f", {scaling[0]} by {scaling[1]:g}" if scaling else ""
     return {
         "model": runtime.files.config.model_type,
-        "fingerprint": fingerprint(model.model),
+        "fingerprint": runtime.fingerprint,
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "rope": model.rotary.precision + scaled,
         "kv": runtime.config.cache.dtype,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-_HALVES = re.compile("[\ud800-\udfff]")
+from ringstar.letters import has_half_letters
+
 FORM = '{"question": "...", "answers": ["..."], "paragraphs": ["..."]}'
 
 
@@ -68,7 +68,7 @@ def _rows(text: str) -> list[tuple[str, dict[str, Any]]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error}); needed: {FORM}") from error
     texts = ((where, json.dumps(row, ensure_ascii=False)) for where, row in rows)
-    half = next((where for where, text in texts if _HALVES.search(text)), None)
+    half = next((where for where, text in texts if has_half_letters(text)), None)
     if half:
         raise ValueError(f"{half}: holds half a letter: one of \\ud800 to \\udfff alone")
     wrong = next((where for where, row in rows if not isinstance(row, dict)), None)

@@ -159,11 +159,8 @@ class PageGroup:
 
     def fresh(self, pages: int, ahead: int) -> Run | None:
         """So many pages in a new slab, with `ahead` free ones after them; None if over budget."""
-        affordable = self._budget.spare(self) // self.page_bytes
-        if affordable < pages + ahead:
-            return None
-        slab = self._add_slab(pages + ahead)
-        return self.ledger.take(Run(slab.start, slab.start + pages))
+        slab = self._spare_slab(pages + ahead, 0)
+        return None if slab is None else self.ledger.take(Run(slab.start, slab.start + pages))
 
     def lacking(self, pages: int) -> int:
         """How many of so many pages would need new memory."""
