@@ -48,7 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
 
 test-gpu:
-	$(GPU_PATH) timeout --signal=INT 470 $(GPU_PYTHON) -m pytest tests/gpu tests/localflash -m gpu -rs -p no:cacheprovider
+	$(GPU_PATH) timeout --signal=INT --kill-after=15 470 $(GPU_PYTHON) -m pytest tests/gpu tests/localflash -m gpu -rs -p no:cacheprovider
 
 bench-gpu:
 	$(GPU_PATH) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

@@ -101,14 +101,20 @@ def _answer_in(text: str) -> dict[str, Any]:
 class AnswerLog:
     """Where answers go: `output.path`, or standard output; rank 0 has one."""
 
-    def __init__(self, config: AskConfig, entries: Mapping[str, Entry]):
+    def __init__(self, config: AskConfig, entries: Mapping[str, Entry], before: int | None = None):
+        """UserError if the file has other than the `before` lines that were read of it."""
         self._file: LineLog | None = None
         self._contexts = contexts_of(config, entries)
         path = config.output.path
         if path is None:
             return
+        self._file = LineLog(path, before)
         write_config(config, path)
-        self._file = LineLog(path)
+
+    def close(self) -> None:
+        """Other runs may add to the file."""
+        if self._file is not None:
+            self._file.close()
 
     def add(self, line: dict[str, Any], answer: Answer, document: str) -> None:
         """One more answer, on the disk when this returns."""

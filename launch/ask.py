@@ -25,6 +25,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +36,7 @@ from launch.encode import encoded_document
 from launch.help import help_text
 from launch.inputs import STDIN, Request, check_one_reader, read_context
 from launch.library import Entry, Library, Turn, read_entries
+from launch.lines import check_free
 from launch.options import ASK
 from launch.outputs import check_writable
 from launch.questions import ONLY, Question, read_questions, typed_lines
@@ -84,6 +86,8 @@ def check_request(config: AskConfig) -> tuple[ModelFiles, dict[str, Entry], list
         answered(config, entries, questions)
     else:
         check_typed_before(config, entries[ONLY])
+    if config.output.path is not None:
+        check_free(config.output.path)
     return files, entries, questions
 
 
@@ -137,39 +141,48 @@ def _answer_file(
     done = json.loads(_of_rank_0(runtime, found) or "[]")
     if first and done:
         log.info(f"{len(done)} of {len(questions)} questions are answered in {config.output.path}")
-    answers = AnswerLog(config, library.entries) if first else None
     shown = first and sys.stderr.isatty() and config.output.path is not None
     before: dict[str, list[Turn]] = {}
     for question, answer_ids in zip(questions, done, strict=False):
         before.setdefault(question.document, []).append((question.asked, answer_ids))
     ask = asker(config, runtime, library, before)
-    for question in tqdm(questions[len(done) :], "questions", disable=not shown, leave=False):
-        answer = ask(question.document, question.asked)
-        if answers is not None:
-            answers.add(question.line, answer, question.document)
+    left = tqdm(questions[len(done) :], "questions", disable=not shown, leave=False)
+    with _answer_log(config, library, first, len(done)) as answers:
+        for question in left:
+            answer = ask(question.document, question.asked)
+            if answers is not None:
+                answers.add(question.line, answer, question.document)
+
+
+def _answer_log(
+    config: AskConfig, library: Library, wanted: bool, before: int | None = None
+) -> AbstractContextManager[AnswerLog | None]:
+    """Where answers go, on the rank that keeps them."""
+    return closing(AnswerLog(config, library.entries, before)) if wanted else nullcontext()
 
 
 def _answer_typed(config: AskConfig, runtime: LongContext, library: Library) -> None:
     """Until the end of standard input; every rank hears the same."""
     kept = runtime.rank == 0 and config.output.path is not None
-    answers = AnswerLog(config, library.entries) if kept else None
     # nobody is there to put the terminal in order after a rank of torchrun's that was stopped
     edited = config.launch.report is not None or not under_torchrun()
     lines = typed_lines(config.transport.timeout_s, edited) if runtime.rank == 0 else iter(())
     ask = asker(config, runtime, library)
-    while (question := _of_rank_0(runtime, next(lines, None))) is not None:
-        if not question.strip():
-            continue
-        try:
-            answer = ask(ONLY, question, on_text=print_piece)
-        except UserError as error:  # the same on every rank
+    with _answer_log(config, library, kept) as answers:
+        while (question := _of_rank_0(runtime, next(lines, None))) is not None:
+            if not question.strip():
+                continue
+            try:
+                answer = ask(ONLY, question, on_text=print_piece)
+            except UserError as error:  # the same on every rank
+                if runtime.rank == 0:
+                    log.info(str(error))
+                continue
             if runtime.rank == 0:
-                log.info(str(error))
-            continue
-        if runtime.rank == 0:
-            print_piece("\n" if runtime.files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
-        if answers is not None:
-            answers.add({"question": question}, answer, ONLY)
+                ids = "" if runtime.files.tokenizer else " ".join(map(str, answer.ids))
+                print_piece(f"{ids}\n")
+            if answers is not None:
+                answers.add({"question": question}, answer, ONLY)
 
 
 def asker(

@@ -7,7 +7,8 @@
         evaluate.star="block_size=1K anchor_size=256" output.path=evaluation.json
 
 Every setting gets the same samples: exact (Ring Attention, or dense on one rank) and each
-evaluate.star, whose sizes are tokens or shares of the document; without any, quarters and eighths.
+evaluate.star, whose sizes are tokens or shares of the document; without any, quarters and eighths;
+evaluate.star=none evaluates exact alone.
 Each sample is a line of NAME.samples.jsonl as soon as it is scored.  A run that was stopped goes on
 where it was, and the same command with more samples, lengths, tasks or settings adds to it.
 
@@ -33,7 +34,9 @@ if __name__ == "__main__":  # the imports below take seconds
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ from launch.evaluate_plan import Plan, make_plan
 from launch.evaluate_result import result_of, results
 from launch.evaluate_tables import tables
 from launch.help import help_text
+from launch.lines import check_free
 from launch.options import EVALUATE
 from launch.outputs import check_file, check_writable, write_file, write_result
 from launch.pictures import NO_MATPLOTLIB, check_picture, picture_path
@@ -59,6 +63,7 @@ from launch.start import RankCommand, run_program
 from launch.streams import choices_unsaid, print_piece
 from launch.weights import usable_model
 from ringstar.config import EvaluationConfig
+from ringstar.errors import UserError
 from ringstar.evaluation import BY_DEPTH
 from ringstar.exchange import text_of_rank_0
 from ringstar.models import ModelFiles
@@ -66,6 +71,9 @@ from ringstar.ranks import Ranks, make_ranks
 from ringstar.runtime import LongContext
 
 log = logging.getLogger("ringstar")
+
+# told to templates that print today's date: a run that goes on tomorrow has the same prompts
+_DAY = datetime(2025, 1, 1)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,7 +93,12 @@ def check_request(config: EvaluationConfig) -> tuple[ModelFiles, Plan, list[Scor
     check_writable(config)
     _check_files(config)
     files = usable_model(config)
+    if files.tokenizer is None:
+        raise UserError("model.path", files.folder, "has no tokenizer, and tasks are texts")
+    files = files.dated(_DAY)
     plan = make_plan(config, files)
+    if config.output.path:
+        check_free(samples_path(config.output.path))
     return files, plan, scored_before(config, plan)
 
 
@@ -98,13 +111,13 @@ def run_rank(config: EvaluationConfig, phases: Any) -> None:
     if first:
         _say_plan(config, plan, jobs)
     runtime = _runtime(config, files, plan, ranks, why, before) if jobs else None
-    samples = SampleLog(config, before) if first else None
-    if runtime is not None:
-        with choices_unsaid(), work_bar("evaluate", work_of(jobs), shown=first) as bar:
-            add = samples.add if samples else lambda line: None
-            Measurement(runtime, plan, bar, add).run(jobs)
-    if samples:
-        _report(config, files, plan, samples.lines)
+    with closing(SampleLog(config, before)) if first else nullcontext() as samples:
+        if runtime is not None:
+            with choices_unsaid(), work_bar("evaluate", work_of(jobs), shown=first) as bar:
+                add = samples.add if samples else lambda line: None
+                Measurement(runtime, plan, bar, add).run(jobs)
+        if samples:
+            _report(config, files, plan, samples.lines)
     # a runtime's also writes its trace
     for each in [runtime] if runtime is not None else ranks.transports:
         each.close()

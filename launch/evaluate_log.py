@@ -53,6 +53,7 @@ class Scored:
     text_sha256: str | None = None
     # None: of before there was one
     fingerprint: str | None = None
+    template: str | None = None
 
     @property
     def key(self) -> Key:
@@ -90,6 +91,9 @@ def _scored(path: str, number: int, text: str) -> Scored:
 
 def _check_samples(config: EvaluationConfig, plan: Plan, lines: Sequence[Scored]) -> None:
     """The first sample of each cell tells whether words and tokenizer are the same, too."""
+    if any(line.template not in (None, plan.template) for line in lines):
+        why = "has samples with another chat template; give another output.path"
+        raise UserError("output.path", config.output.path, why)
     digests = {line.key[:4]: line.digest for line in lines}
     texts: dict[tuple[str, int, float | None], set[str | None]] = {}
     for line in lines:
@@ -130,8 +134,13 @@ class SampleLog:
         self.lines, self._file = [*before], None
         path = config.output.path
         if path is not None:
+            self._file = LineLog(samples_path(path), len(before))
             write_config(config, path)
-            self._file = LineLog(samples_path(path))
+
+    def close(self) -> None:
+        """Other runs may add to the file."""
+        if self._file is not None:
+            self._file.close()
 
     def add(self, line: Scored) -> None:
         """One more, on the disk when this returns."""

@@ -12,6 +12,7 @@ from launch.evaluate_star import Contender
 from launch.progress import TOKENS_OF_A_STEP, WorkBar
 from launch.result_fields import runtime_fields
 from ringstar.answers import Answer
+from ringstar.config import StrategyConfig
 from ringstar.errors import UserError
 from ringstar.evaluation import Sample, score
 from ringstar.runtime import Document, LongContext
@@ -59,30 +60,38 @@ class Measurement:
             ids, _ = prompt_ids(self._runtime.files, first.prompt)
             self._runtime.encode(ids[:_WARM_UP_TOKENS], strategy=self._plan.contenders[0].exact)
         for cell, number, left in jobs:
-            sample = self._sample(cell, number)
-            if sample is None:
+            made = self._made(cell, number)
+            if made is None:
                 continue
+            sample, strategies = made
             context, query = prompt_ids(self._runtime.files, sample.prompt)
             for contender in left:
-                document = self._encode(cell, contender, context, len(query))
+                strategy = strategies[contender.label]
+                document = self._encode(cell, contender.label, strategy, context, len(query))
                 answer = self._ask(cell, document, query, sample)
                 self._add(self._scored(cell, number, contender, sample, document, answer))
                 del document  # before the next one takes its place
 
-    def _sample(self, cell: Cell, number: int) -> Sample | None:
-        """None for one whose words do not fit where the cell's first did: others may."""
+    def _made(self, cell: Cell, number: int) -> tuple[Sample, dict[str, StrategyConfig]] | None:
+        """A sample, and every contender's settings for it; None where not all of it fits.
+
+        Words may not fit where the cell's first did, or sizes, if one is a share: others may.
+        """
         try:
-            return self._plan.sample(cell, number)
+            sample = self._plan.sample(cell, number)
+            tokens = len(prompt_ids(self._runtime.files, sample.prompt)[0])
+            return sample, {star.label: star.strategy(tokens) for star in self._plan.contenders}
         except UserError as error:
             where = f"{cell.task.name} {cell.length:,}"
             if self._runtime.rank == 0:
                 log.warning(f"{where}: sample {number} is left out: {error}")
             return None
 
-    def _encode(self, cell: Cell, contender: Contender, ids: list[int], query: int) -> Document:
-        what = f"{cell.task.name} {cell.length:,}, {contender.label}"
+    def _encode(
+        self, cell: Cell, label: str, strategy: StrategyConfig, ids: list[int], query: int
+    ) -> Document:
+        what = f"{cell.task.name} {cell.length:,}, {label}"
         with self._bar.encode(what, cell.length) as on_progress:
-            strategy = contender.strategy(len(ids))
             return self._runtime.encode(
                 ids, on_progress, strategy=strategy, length=len(ids) + query
             )
@@ -133,4 +142,5 @@ class Measurement:
             **runtime_fields(self._runtime),
             text_sha256=sample.text_sha256,
             fingerprint=self._fingerprint,
+            template=self._plan.template,
         )

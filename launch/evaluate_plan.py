@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from launch.evaluate_prompt import prompt_ids, token_counter
-from launch.evaluate_star import KEY, Contender, contenders
+from launch.evaluate_star import KEY, NONE, Contender, contenders
 from launch.inputs import read_text
 from launch.sizes import listed, read_lengths
 from ringstar.checks import check_fits
@@ -39,6 +39,8 @@ from ringstar.evaluation.qa import QuestionAnswering
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
 
+_ALONE = f"{KEY}={NONE} evaluates exact alone"
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -58,6 +60,7 @@ class Plan:
     config: EvaluateConfig
     material: Material
     count: CountTokens
+    template: str  # a digest of what the chat template puts around prompts
     notes: list[str]
 
     def numbers(self, cell: Cell) -> range:
@@ -87,8 +90,6 @@ class Plan:
 
 def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
     """Read and check the whole input; raises UserError."""
-    if files.tokenizer is None:
-        raise UserError("model.path", files.folder, "has no tokenizer, and tasks are texts")
     check_packages()
     given = config.evaluate
     world = config.launch.nproc or world_size_of(config.transport)
@@ -105,7 +106,8 @@ def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
     ]
     material, notes = read_material(given), [f"exact side: {why}"]
     notes.extend(_few_questions(tasks, material, given.samples))
-    plan = Plan(every, cells, given, material, token_counter(files), notes)
+    count, template = token_counter(files), files.prompt.digest
+    plan = Plan(every, cells, given, material, count, template, notes)
     for cell in cells:
         _check_cell(config, files, world, plan, cell)
     return plan
@@ -181,6 +183,6 @@ def _blamed_on(length: int, star: str = "") -> Iterator[None]:
         if star and error.key == KEY:
             raise UserError(KEY, star, f"at {length} tokens: {error.allowed}") from error
         if star and error.key.startswith("strategy"):
-            why = str(error).replace("strategy.", "")
+            why = str(error).replace("strategy.", "").replace("use strategy=ring", _ALONE)
             raise UserError(KEY, star, f"at {length} tokens: {why}") from error
         raise UserError("evaluate.lengths", length, str(error)) from error

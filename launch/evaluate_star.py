@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
 from launch.compare_star import exact_setting, parse_star
-from ringstar.config import StarConfig, StrategyConfig
+from ringstar.config import StarConfig, StrategyConfig, token_size
 from ringstar.errors import UserError
 
 KEY = "evaluate.star"
 EXACT = "exact"
+NONE = "none"  # exact alone is evaluated
 DEFAULT = ("block_size=1/4", "block_size=1/8")
 _NAMES = {"half": "1/2", "quarter": "1/4", "eighth": "1/8", "sixteenth": "1/16"}
 _SIZES = ("block_size", "anchor_size")
@@ -43,13 +45,28 @@ def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:
     """Exact and the settings of star, and how exact is encoded; raises UserError."""
     setting, why = exact_setting(world)
     found = [Contender(EXACT, exact=setting.strategy)]
+    if list(given) == [NONE]:
+        return found, why
+    known: dict[str, str] = {}
     for text in given or DEFAULT:
         star = Contender(label_of(text), text)
-        same = next((other for other in found if other.label == star.label), None)
-        if same:
-            raise UserError(KEY, text, f"is the same as {same.given}")
+        same = known.setdefault(label_of(" ".join(map(_counted, text.split()))), text)
+        if len(known) < len(found):
+            raise UserError(KEY, text, f"is the same as {same}")
         found.append(star)
     return found, why
+
+
+def _counted(word: str) -> str:
+    """`block_size=1K` as `block_size=1024`, `=2/8` as `=1/4`: the same, however it is written."""
+    name, _, value = word.partition("=")
+    value = _NAMES.get(value, value)
+    if name not in _SIZES or value == "null":
+        return word
+    if "/" in value:
+        share = Fraction(value)
+        return f"{name}={share.numerator}/{share.denominator}"
+    return f"{name}={token_size(value)}"
 
 
 def label_of(text: str, key: str = KEY) -> str:

@@ -84,17 +84,21 @@ def _percent(value: float | None) -> str:
 
 
 def _said(plan: Plan, found: Sequence[CellResult]) -> Iterator[str]:
-    failed = cannot(found)
+    failed, with_star = cannot(found), len(plan.contenders) > 1
     if failed:
         where = ", ".join(f"{name_of(row)} at {row.length:,}" for row in failed)
+        kept = ", and what star keeps of it cannot be told" if with_star else ""
         yield (
-            f"Exact scores below {CANNOT:.0%} in these samples: the model cannot do the task, and"
-            f" what star keeps of it cannot be told: {where}."
+            f"Exact scores below {CANNOT:.0%} in these samples: the model cannot do the"
+            f" task{kept}: {where}."
         )
-    yield (
-        "In parentheses 95% intervals (Wilson's; of shares MOVER-R). p: paired with exact on the"
-        " same samples, for each row alone; of many rows some fall below 0.05 by chance."
-    )
+    if with_star:
+        yield (
+            "In parentheses 95% intervals (Wilson's; of shares MOVER-R). p: paired with exact on"
+            " the same samples, for each row alone; of many rows some fall below 0.05 by chance."
+        )
+    else:
+        yield "In parentheses Wilson's 95% intervals."
     for name, made in plan.material.sources().items():
         yield f"{name}: {made['source']}"
     yield "Texts and words are not RULER's own: put these scores beside no published ones."

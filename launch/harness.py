@@ -36,6 +36,7 @@ from typing import Any
 from launch.help import help_text
 from launch.options import HARNESS
 from launch.start import RankCommand, run_program
+from launch.streams import choices_unsaid
 from launch.weights import usable_model
 from ringstar.checks import check_any_length
 from ringstar.config import HarnessConfig
@@ -139,7 +140,7 @@ def run_rank(theirs: Sequence[str], config: HarnessConfig, phases: Any) -> None:
     runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     chosen = {key: value for key, value in vars(config.harness).items() if value is not None}
     arguments.model = RingstarLM(runtime=runtime, **chosen)
-    with _alone(arguments, speaks=runtime.rank == 0), _named_tasks():
+    with _alone(arguments, speaks=runtime.rank == 0), _named_tasks(), choices_unsaid():
         arguments.func(arguments)
     runtime.close()
 

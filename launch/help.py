@@ -91,7 +91,7 @@ _MEANING = {
     "score.picture": "PNG of that curve; unset: beside output.path if that is given",
     "evaluate.tasks": "names or patterns, as niah_*,vt; see above",
     "evaluate.lengths": "tokens of prompt and answer together, as 1K,4K,7K",
-    "evaluate.star": 'a setting, as "block_size=1/4 anchor_size=256"; may be given several times',
+    "evaluate.star": 'a setting, as "block_size=1/4 anchor_size=256", may be given again; or none',
     "evaluate.samples": "of each task at each length",
     "evaluate.seed": "the same seed makes the same samples",
     "evaluate.depths": "even depths of needle_by_depth, from 0 to 100%",

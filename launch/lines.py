@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from launch.faults import Fault
+from launch.outputs import reason
+from ringstar.errors import UserError
 
 
 def whole_lines(path: str | Path) -> list[str]:
@@ -26,16 +31,52 @@ def line_of(content: dict[str, Any]) -> str:
 
 
 class LineLog:
-    """Adds lines behind the whole ones of a file; half a line is dropped."""
+    """Adds lines behind the whole ones of a file, which no other run adds to meanwhile.
 
-    def __init__(self, path: str | Path):
-        target = Path(path).expanduser()
-        whole = len(_whole(target)) if target.exists() else 0
-        self._file = target.open("ab")
-        self._file.truncate(whole)
+    Half a line is dropped.  Raises UserError, naming `output.path`, if another run has the file, or
+    has added to the `before` lines that were read of it; Fault if a line cannot be written.
+    """
+
+    def __init__(self, path: str | Path, before: int | None = None):
+        self._path = Path(path).expanduser()
+        self._file = self._path.open("ab", buffering=0)
+        _lock(self._path, self._file.fileno(), fcntl.LOCK_EX)
+        whole = _whole(self._path)
+        if before not in (None, whole.count(b"\n")):
+            self._file.close()
+            raise UserError("output.path", path, "another run has just added to it; start again")
+        self._file.truncate(len(whole))
 
     def add(self, content: dict[str, Any]) -> None:
         """One more line, on the disk when this returns."""
-        self._file.write(line_of(content).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        left = memoryview(line_of(content).encode())
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            why = f"cannot be written: {reason(error)}"
+            raise Fault(f"output.path={self._path}: {why}") from error
+
+    def close(self) -> None:
+        """Other runs may add to it."""
+        self._file.close()
+
+
+def check_free(path: str | Path) -> None:
+    """Raise UserError, naming `output.path`, if another run is adding lines to this file."""
+    target = Path(path).expanduser()
+    if target.exists():
+        with target.open("rb") as file:
+            _lock(target, file.fileno(), fcntl.LOCK_SH)  # every rank may look at once
+
+
+def _lock(path: Path, file: int, how: int) -> None:
+    """Until the file is closed; a file system without locks goes without."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        why = "another run is adding to it; give another output.path, or let it end"
+        raise UserError("output.path", path, why) from error
+    except OSError:
+        pass

@@ -60,7 +60,7 @@ def check_file(key: str, value: str) -> None:
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # or a ~name of nobody
-        raise UserError(key, value, f"cannot be written: {_reason(error)}") from error
+        raise UserError(key, value, f"cannot be written: {reason(error)}") from error
 
 
 def config_path(path: str) -> Path:
@@ -128,7 +128,7 @@ def write_file(key: str, path: str | Path, content: str | bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise Fault(f"{key}={path}: cannot be written: {_reason(error)}") from error
+        raise Fault(f"{key}={path}: cannot be written: {reason(error)}") from error
 
 
 def _check_file(key: str, value: str) -> None:
@@ -150,5 +150,6 @@ def _same(a: str, b: str) -> bool:
     return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why the system would not, in its words."""
     return (getattr(error, "strerror", None) or str(error)).lower()

@@ -44,6 +44,7 @@ from launch.start import RankCommand, run_program
 from launch.streams import print_piece
 from launch.weights import usable_model
 from ringstar.config import ScoreConfig
+from ringstar.errors import UserError
 from ringstar.models import ModelFiles
 from ringstar.ranks import make_ranks
 from ringstar.runtime import Document, LongContext
@@ -71,6 +72,9 @@ def check_request(config: ScoreConfig) -> tuple[ModelFiles, Plan]:
     plan = make_plan(config, files)
     if not plan.continuations:
         check_picture("score.picture", config.score.picture, config.output.path)
+    elif config.score.picture is not None:
+        why = "draws the perplexity of a document, and continuations are scored; drop one"
+        raise UserError("score.picture", config.score.picture, why)
     return files, plan
 
 

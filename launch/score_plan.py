@@ -137,8 +137,10 @@ def _check(config: ScoreConfig, files: ModelFiles, plan: Plan) -> None:
     check_ids("document", plan.document, files.vocab_size)
     world = config.launch.nproc or world_size_of(config.transport)
     if plan.continuations:
-        query = len(plan.after) + plan.longest - 1
-        check_fits(config, files, world, len(plan.document), query)
+        document, query = len(plan.document), len(plan.after) + plan.longest - 1
+        if not plan.after and document > 1 and config.document.load is None:
+            document, query = document - 1, query + 1  # its last token is read after it
+        check_fits(config, files, world, document, query)
         if plan.after:
             check_ids("question", plan.after, files.vocab_size)
         return

@@ -188,12 +188,12 @@ class Attached:
         columns = past.columns + input_ids.shape[1]
 
         def forward(transport: Transport) -> Tensor:
+            past.whole = False
             transport.check_agreement("input_ids", new, last)
             engine = self._engines[transport.rank]
             texts = past.shards.setdefault(transport.rank, [engine.new_text() for _ in new])
             return self._extend_and_read(transport, texts, new, last)
 
-        past.whole = False
         try:
             logits = run_or_refuse(self._ranks, forward)[0]
         except Refusal:  # often before anything was added
@@ -315,8 +315,6 @@ def attach(
     """
     if not isinstance(strategy, str | RingConfig | StarConfig | DenseConfig):
         raise UserError("strategy", strategy, "allowed: ring, star, dense, or a config of one")
-    if strategy != "ring" and layout != "zigzag":
-        raise UserError("layout", layout, 'is of strategy="ring"; allowed: RingConfig(layout=...)')
     if cache is not None and cache.offload != "none":
         why = "whose texts are whose to put aside, only the script knows; allowed: none"
         raise UserError("cache.offload", cache.offload, why)

@@ -112,4 +112,6 @@ def choose_kernel(config: Config, files: ModelFacts, device: torch.device) -> lo
         has = ", ".join(n for n, backend in localflash.BACKENDS.items() if backend.attend_unified)
         lacks = f"kernel {choice.backend.name} has none; allowed with kernel={has}"
         raise UserError("kernel.unified_max", "true", lacks)
+    if config.kernel.unified_max and dtype == torch.float16:
+        raise UserError("kernel.unified_max", "true", localflash.UNIFIED_IN_FLOAT16)
     return choice

@@ -371,7 +371,8 @@ class EvaluateConfig:
 
     tasks: str = "*"
     lengths: str = "4K"
-    # settings of star, each as `block_size=1/4 anchor_size=256`; none: quarters and eighths
+    # settings of star, each as `block_size=1/4 anchor_size=256`; empty: quarters and eighths;
+    # `none` alone: only exact
     star: list[str] = field(default_factory=list)
     # of each task at each length
     samples: int = 10
@@ -442,6 +443,8 @@ def config_of(
     cache: CacheConfig | None = None,
 ) -> Config:
     """The config of what Python's callers give by name; `layout` is of strategy `ring`."""
+    if strategy != "ring" and layout != "zigzag":
+        raise UserError("layout", layout, 'is of strategy="ring"; allowed: RingConfig(layout=...)')
     chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
     if strategy == "ring":
         chosen = RingConfig(layout=layout)

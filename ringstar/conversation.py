@@ -22,6 +22,7 @@ class Conversation:
     def __init__(self, runtime: LongContext, document: Document):
         self.document, self.ids = document, list[int]()
         self._runtime, self._turns = runtime, 0
+        self._key = object()  # KV of its turns is kept under this: it must not hold us
 
     def ask(self, question: str | Sequence[int], **options: Any) -> Answer:
         """The next turn; `options` are those of `LongContext.ask`.
@@ -33,7 +34,7 @@ class Conversation:
             UserError: as `LongContext.ask`, or the template has no second turn.
         """
         ids = self._turn_ids(question)
-        answer = self._runtime.answer(self.document, ids, top=self, before=self.ids, **options)
+        answer = self._runtime.answer(self.document, ids, top=self._key, before=self.ids, **options)
         self._add(ids, answer.ids)
         return answer
 

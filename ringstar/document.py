@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ringstar.config import StrategyConfig
@@ -64,6 +64,17 @@ class Document:
             shard.evict()
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A document of which somebody may have a reference, and, if it stays, one of the shelf's."""
+
+    theirs: Callable[[], Document | None]
+    own: Document | None
+
+    def document(self) -> Document | None:
+        return self.theirs() or self.own
+
+
 class Shelf:
     """Documents in the order in which they were last used, found by how they begin.
 
@@ -73,39 +84,46 @@ class Shelf:
 
     def __init__(self, *, keeps: bool):
         self.pinned: set[Document] = set()
-        self._keeps = keeps
-        self._by_use: dict[int, Callable[[], Document | None]] = {}
+        self.keeps = keeps
+        self._by_use: dict[int, _Entry] = {}
         self._by_block: dict[int, list[int]] = {}
 
     def add(self, document: Document) -> None:
         """The one that was used last."""
-        reference = _always(document) if self._keeps else weakref.ref(document)
-        self._by_use[id(document)] = reference
-        for block in _blocks(document.ids) if self._keeps else ():
-            self._by_block.setdefault(block, []).append(id(document))
+        key, own = _key(document), replace(document) if self.keeps else None
+        self._by_use.pop(key, None)  # of one that nobody has any more
+        self._by_use[key] = _Entry(weakref.ref(document), own)
+        for block in _blocks(document.ids) if self.keeps else ():
+            self._by_block.setdefault(block, []).append(key)
 
     def use(self, document: Document) -> None:
         """It is used last now."""
-        reference = self._by_use.pop(id(document), None)
-        if reference is not None:
-            self._by_use[id(document)] = reference
+        entry = self._by_use.pop(_key(document), None)
+        if entry is not None:
+            self._by_use[_key(document)] = entry
 
     def remove(self, document: Document) -> None:
         """It is not to be found any more."""
         self.pinned.discard(document)
-        if self._by_use.pop(id(document), None) is None or not self._keeps:
+        key = _key(document)
+        if self._by_use.pop(key, None) is None or not self.keeps:
             return
         for block in _blocks(document.ids):
-            others = [each for each in self._by_block.pop(block, []) if each != id(document)]
+            others = [each for each in self._by_block.pop(block, []) if each != key]
             if others:
                 self._by_block[block] = others
 
     def victims(self, but: Iterable[Document] = ()) -> list[Document]:
         """What may make room for others, least recently used first."""
-        kept = {id(document) for document in (*but, *self.pinned)}
+        kept = {_key(document) for document in (*but, *self.pinned)}
         self._drop_gone()
-        documents = [reference() for reference in list(self._by_use.values())]
-        return [each for each in documents if each is not None and id(each) not in kept]
+        documents = [entry.document() for entry in list(self._by_use.values())]
+        return [each for each in documents if each is not None and _key(each) not in kept]
+
+    def is_held(self, document: Document) -> bool:
+        """Whether somebody else had one of its documents when it was got."""
+        entry = self._by_use.get(_key(document))
+        return entry is None or entry.own is not document
 
     def beginning(
         self, ids: Sequence[int], fits: Callable[[Document, int], bool]
@@ -122,7 +140,8 @@ class Shelf:
                 break
             levels.append(self._by_block[block])
         for keys in reversed(levels):  # whoever has more blocks in common has more tokens
-            found = [self._by_use.get(key, _nobody)() for key in keys]
+            entries = [self._by_use[key] for key in keys if key in self._by_use]
+            found = [entry.document() for entry in entries]
             documents = [document for document in found if document is not None]
             pairs = [(document, _in_common(document.ids, ids)) for document in documents]
             fitting = [pair for pair in pairs if pair[1] and fits(*pair)]
@@ -132,20 +151,17 @@ class Shelf:
 
     def _drop_gone(self) -> None:
         """Forget those that nobody has, or whose KV is gone; ranks in threads do so at once."""
-        for key, reference in list(self._by_use.items()):
-            document = reference()
+        for key, entry in list(self._by_use.items()):
+            document = entry.document()
             if document is None:
                 self._by_use.pop(key, None)
             elif not document.shards or document.evicted:
                 self.remove(document)
 
 
-def _always(document: Document) -> Callable[[], Document]:
-    return lambda: document
-
-
-def _nobody() -> None:
-    """What is known no more."""
+def _key(document: Document) -> int:
+    """The same for all that have this KV, for as long as one of them is there."""
+    return id(document.shards)
 
 
 def _blocks(ids: Sequence[int]) -> Iterator[int]:

@@ -139,6 +139,7 @@ class RankEngine:
         for shard, ids, runs in zip(shards, new, owned, strict=True):
             shard.cache.settle(self._room)
             shard.grow(len(ids), runs)
+            shard.ready = shard.tokens  # what was reserved beyond is given back
 
     def _reserve_encode(
         self, shards: Sequence[TextShard], plan: Sequence[Extension], victims: Victims
@@ -211,6 +212,7 @@ class RankEngine:
             token = self._agree(logits, sampler)
             yield GeneratedToken(token, time.perf_counter(), logits if first else None)
             new, first = [token], False
+            self._transport.check_running()
             if self._transport.phase != "decode":
                 self._transport.publish("decode")
 

@@ -12,7 +12,7 @@ from ringstar.engine import OnProgress, RankEngine
 from ringstar.errors import UserError
 from ringstar.memory import make_place
 from ringstar.ranks import Ranks, run_or_refuse
-from ringstar.room import Victims
+from ringstar.room import Victim, Victims
 from ringstar.shard import TextShard
 from seqpar import Transport
 
@@ -55,8 +55,15 @@ class Group:
     def victims(self, transport: Transport, but: Sequence[Document] = ()) -> Victims:
         """What may make room on this rank, with those that are in use left out."""
         index = self.index(transport)
-        shards = [document.shards[index] for document in self.shelf.victims(but)]
-        return Victims(shards, self.places[index])
+
+        def find() -> list[Victim]:
+            return [
+                Victim(document.shards[index], self.shelf.is_held(document))
+                for document in self.shelf.victims(but)
+            ]
+
+        # without `keeps` what nobody has is gone already, wherever its KV was
+        return Victims(find, self.places[index], keeps=self.shelf.keeps)
 
     def at_hand(
         self, transport: Transport, document: Document

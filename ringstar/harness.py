@@ -11,8 +11,9 @@ first rank of each machine, and None to others.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
@@ -67,7 +68,8 @@ class RingstarLM(TemplateLM):
         query_tokens: tokens at the end of a context that every rank reads, with exact attention to
             all before them; 1 unless given, for star 256.
         add_bos_token: whether texts get special tokens; as the tokenizer has it unless given.
-        seed: of sampled answers; each request of a task has one of its own.
+        device: none may be named: the transport says where ranks compute.
+        seed: of sampled answers; each request of a task has one of its own, made of this.
         options: of `LongContext.from_pretrained`, such as `strategy`, `transport`, `world_size`.
 
     Raises:
@@ -85,30 +87,41 @@ class RingstarLM(TemplateLM):
         max_gen_toks: int = MAX_GEN_TOKS,
         query_tokens: int | None = None,
         add_bos_token: bool | None = None,
+        device: str | None = None,
         seed: int = 0,
         **options: Any,
     ):
         super().__init__()
         if (runtime is None) == (pretrained is None):
             raise UserError("pretrained", pretrained, "needed: a model's folder, or a runtime")
+        if device is not None:
+            raise UserError("device", device, "each rank has its own, by the transport; drop it")
         self.runtime = runtime or LongContext.from_pretrained(str(pretrained), **options)
         if self.runtime.files.tokenizer is None:
             raise UserError("pretrained", pretrained, "has no tokenizer, and tasks are text")
         self.tokenizer: Any = self.runtime.files.tokenizer
-        given = max_batch_size if batch_size == "auto" else int(batch_size)
+        automatic = str(batch_size).startswith("auto")  # lm-eval also has `auto:4`
+        given = max_batch_size if automatic else int(batch_size)
         self.batch_size = given or _MOST_TEXTS
         self.max_length = max_length or self.runtime.files.max_positions
         self.max_gen_toks = max_gen_toks
         check_any_length(self.runtime.config.strategy)
         star = isinstance(self.runtime.config.strategy, StarConfig)
         self.query_tokens = query_tokens or (STAR_QUERY_TOKENS if star else 1)
-        self._add_bos_token, self._seed, self._said_system = add_bos_token, seed, False
+        self._add_bos_token, self._seed = add_bos_token, seed
+        self._warned: set[str] = set()
         penalty = self.runtime.files.repetition_penalty()
-        if penalty != 1.0 and self.runtime.rank == 0:
-            log.warning(
+        if penalty != 1.0:
+            self._warn(
                 f"generation_config.json asks for repetition_penalty={penalty}: there is none here,"
                 " so that answers differ from those of lm-eval's own backend"
             )
+
+    def _warn(self, line: str) -> None:
+        """Once, on rank 0."""
+        if self.runtime.rank == 0 and line not in self._warned:
+            log.warning(line)
+        self._warned.add(line)
 
     def __str__(self) -> str:
         return "ringstar"
@@ -158,9 +171,7 @@ class RingstarLM(TemplateLM):
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            if self.runtime.rank == 0 and not self._said_system:
-                log.warning(f"the chat template takes no system's part: left out ({error})")
-            self._said_system = True
+            self._warn(f"the chat template takes no system's part: left out ({error})")
             return applied(others)
 
     def get_model_info(self) -> dict[str, Any]:
@@ -234,6 +245,7 @@ class RingstarLM(TemplateLM):
             self._context(request.args[0], self.max_length - each.max_new_tokens)
             for request, each in zip(requests, settings, strict=True)
         ]
+        settings = [self._before_jump(*pair) for pair in zip(contexts, settings, strict=True)]
 
         def answer(document: Document, after: list[int], number: int) -> None:
             chosen = settings[number]
@@ -263,6 +275,17 @@ class RingstarLM(TemplateLM):
             raise UserError("context", text, "needed to go on from: two tokens or more")
         return ids
 
+    def _before_jump(self, context: list[int], asked: GenerationConfig) -> GenerationConfig:
+        """An answer that ends before its model's rope would change what is encoded."""
+        after, read = self.runtime.files.rope_jumps_after, len(context)
+        if after is None or not read <= after < read + asked.max_new_tokens - 1:
+            return asked
+        self._warn(
+            f"after {after} positions this model's rotary embedding (longrope) changes: answers"
+            " that would cross it end there, and in lm-eval's own backend they go on"
+        )
+        return replace(asked, max_new_tokens=after - read + 1)
+
     def _settings(self, number: int, asked: dict[str, Any]) -> GenerationConfig:
         """Of request `number`; UserError for what a task asks of sampling and we do not have."""
         kwargs = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
@@ -278,7 +301,14 @@ class RingstarLM(TemplateLM):
                 )
         if not samples:
             return GenerationConfig(new, stop=stop)
-        return GenerationConfig(new, temperature, top_p, self._seed + number, stop)
+        if asked.get("top_k") is None:
+            self._warn(
+                "a task that samples names no top_k: all tokens are sampled from, and in lm-eval's"
+                " own backend the 50 likeliest, or as many as generation_config.json says"
+            )
+        # of neighbouring seeds none may have the samples of another
+        seed = random.Random(f"{self._seed}/{number}").getrandbits(31)
+        return GenerationConfig(new, temperature, top_p, seed, stop)
 
     def _each(
         self,
@@ -309,6 +339,7 @@ class RingstarLM(TemplateLM):
                         (document,) = self._encoded([text])
                     use(document, group.ids[cut:], number)
                     bar.update()
+            del documents, document  # they may be dropped: each context has all its requests
         bar.close()
 
     def _encoded(self, texts: Sequence[tuple[list[int], int]]) -> list[Document]:

@@ -64,11 +64,11 @@ def write(runtime: LongContext, document: Document, folder: str, before: Manifes
         raise UserError("document.save", folder, wrong)
 
 
-def load(runtime: LongContext, folder: str) -> Document:
-    """`LongContext.load`."""
+def load(runtime: LongContext, folder: str, key: str = "document.load") -> Document:
+    """`LongContext.load`; `key` is the option that names the folder."""
     group = runtime.group
-    path, manifest = read_manifest("document.load", folder)
-    chosen = _check_identity(runtime, folder, manifest)
+    path, manifest = read_manifest(key, folder)
+    chosen = _check_identity(runtime, key, folder, manifest)
     strategy = runtime.config.strategy
     layout: Any = strategy.layout if isinstance(strategy, RingConfig) else "zigzag"
 
@@ -90,7 +90,7 @@ def load(runtime: LongContext, folder: str) -> Document:
 
     shards, (figures, *_), (wrong, *_) = zip(*group.run(load), strict=True)
     if wrong is not None:
-        raise UserError("document.load", folder, wrong)
+        raise UserError(key, folder, wrong)
     metrics, took_s = figures
     ids = read_ids(path, manifest)
     saved_by = ", ".join(str(n) for n in sorted({len(p.files) for p in manifest.parts}))
@@ -114,14 +114,15 @@ def encode_kept(
 ) -> Document:
     """`LongContext.encode_kept`, of token ids that fit."""
     unfinished = f"{folder.rstrip('/')}.unfinished"
-    made, seconds = _unfinished(runtime, unfinished, ids), 0.0
+    length = max(length, len(ids))
+    made, seconds = _unfinished(runtime, unfinished, ids, length), 0.0
     piece = checkpoint_every * runtime.config.encode.chunk_tokens * runtime.world_size
     done = made.tokens if made else 0
     for start in range(done, len(ids), piece):
         part = ids[start : start + piece]
         report = _part_of(on_progress, start, len(part), len(ids))
         if made is None:
-            made = runtime.encode(part, report, length=max(length, len(ids)))
+            made = runtime.encode(part, report, length=length)
             before = None
         else:
             before = read_manifest("document.save", unfinished)[1]
@@ -136,11 +137,20 @@ def encode_kept(
     return whole
 
 
-def _unfinished(runtime: LongContext, folder: str, ids: Sequence[int]) -> Document | None:
+def _unfinished(
+    runtime: LongContext, folder: str, ids: Sequence[int], length: int
+) -> Document | None:
     """The beginning of a document that an earlier run encoded, if there is one."""
     if not is_saved(folder):
         return None
-    found = runtime.load(folder)
+    found = load(runtime, folder, "document.save")
+    if not runtime.group.any_engine.same_rope(found.shards[0].length, length):
+        why = (
+            "holds the beginning for a text of another length, on which this model's rotary"
+            f" embedding depends: {found.shards[0].length}, here {length}; remove it, or save"
+            " elsewhere"
+        )
+        raise UserError("document.save", folder, why)
     if found.ids != ids[: found.tokens] or isinstance(found.strategy, StarConfig):
         why = "holds the beginning of another document; remove it, or save elsewhere"
         raise UserError("document.save", folder, why)
@@ -182,7 +192,9 @@ def identity(runtime: LongContext) -> dict[str, str]:
     }
 
 
-def _check_identity(runtime: LongContext, folder: str, manifest: Manifest) -> StrategyConfig:
+def _check_identity(
+    runtime: LongContext, key: str, folder: str, manifest: Manifest
+) -> StrategyConfig:
     """How a saved document was encoded; UserError if this model would not have."""
     ours = identity(runtime)
     for name in ("model", "dtype", "rope", "kv", "fingerprint"):
@@ -191,7 +203,7 @@ def _check_identity(runtime: LongContext, folder: str, manifest: Manifest) -> St
             names = {"fingerprint": "model (weights or config)", "kv": "cache.dtype"}
             what = names.get(name, name)
             why = f"was encoded with another {what}: {theirs[:16]}, here {own[:16]}"
-            raise UserError("document.load", folder, why)
-    chosen = saved_strategy("document.load", folder, manifest.strategy)
+            raise UserError(key, folder, why)
+    chosen = saved_strategy(key, folder, manifest.strategy)
     check_fits(replace(runtime.config, strategy=RingConfig()), runtime.files, 1, manifest.tokens)
     return chosen

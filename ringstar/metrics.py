@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from seqpar import Transport
+
+_INFINITE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,13 @@ def slowest(transport: Transport, seconds: float) -> float:
 
 
 def largest(transport: Transport, shares: Sequence[float]) -> list[float]:
-    """For each of these numbers the largest of any rank, on every rank; in billionths."""
-    gathered = gather_integers(transport, [round(share * 1e9) for share in shares])
-    return [max(each) / 1e9 for each in gathered]
+    """For each of these numbers the largest of any rank, on every rank; in billionths.
+
+    What is not finite counts as infinity.
+    """
+    mine = [round(share * 1e9) if math.isfinite(share) else _INFINITE for share in shares]
+    found = map(max, gather_integers(transport, mine))
+    return [math.inf if most == _INFINITE else most / 1e9 for most in found]
 
 
 def peak_memory(device: torch.device) -> int:

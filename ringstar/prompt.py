@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
 from typing import Any
 
 from ringstar.errors import UserError
 
 SEPARATOR = "\n\n"
+# as templates ask for the date: transformers goes by the clock
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,12 @@ class PromptFormat:
     add_special_tokens: bool
     # from the end of an answer to the next question; None: the template has no second turn
     between_turns: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell the text around a document and a question from others."""
+        text = "\0".join([self.before_document, self.after_question])
+        return sha256(text.encode()).hexdigest()[:16]
 
     def context_ids(self, tokenizer: Any, document: str) -> list[int]:
         """Token ids of everything up to the end of the document."""
@@ -61,10 +72,11 @@ def continuing_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def prompt_format(tokenizer: Any) -> PromptFormat:
+def prompt_format(tokenizer: Any, day: datetime | None = None) -> PromptFormat:
     """The model's own chat template with document and question in one user message.
 
-    A model without a template gets a plain question and answer form.
+    A model without a template gets a plain question and answer form.  A template that asks for the
+    date is told `day`, or today's.
 
     Raises:
         UserError: the template does not leave the message as it is, so it cannot be split.
@@ -76,7 +88,10 @@ def prompt_format(tokenizer: Any) -> PromptFormat:
     message = document + SEPARATOR + question
     try:
         rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": message}],
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=_dated(tokenizer.get_chat_template(), day) if day else None,
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -90,6 +105,11 @@ def prompt_format(tokenizer: Any) -> PromptFormat:
     # the template writes its own beginning-of-text token
     between = _between_turns(tokenizer)
     return PromptFormat(before, after, "the model's chat template", False, between)
+
+
+def _dated(template: str, day: datetime) -> str:
+    """A template with this day where it asks for today."""
+    return _TODAY.sub(lambda call: repr(day.strftime(call[2])), template)
 
 
 def _between_turns(tokenizer: Any) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -17,8 +19,10 @@ from ringstar.checks import Text, check_fits, check_ids, choose_kernel, token_id
 from ringstar.config import (
     CacheConfig,
     Config,
+    DenseConfig,
     GenerationConfig,
     ModelConfig,
+    RingConfig,
     RopeConfig,
     StarConfig,
     StrategyConfig,
@@ -44,7 +48,7 @@ from ringstar.models import (
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.scores import Score, ScoredText, SpreadScores
 from ringstar.shard import TextShard
-from ringstar.store import fingerprint
+from ringstar.store import check_place, fingerprint
 from ringstar.strategies import describe, make_strategy
 from ringstar.trace import Trace, engine_parts
 from seqpar import Transport
@@ -175,7 +179,13 @@ class LongContext:
             check_strategy(config, ranks.transports[0].world_size)
             return cls(config, files, ranks, "as given")
         check_ranks(config)
-        return cls(config, files, *make_ranks(config.transport))
+        made, why = make_ranks(config.transport)
+        try:
+            return cls(config, files, made, why)
+        except BaseException:
+            for transport in made.transports:
+                transport.close()
+            raise
 
     @property
     def fingerprint(self) -> str:
@@ -340,6 +350,8 @@ class LongContext:
         if self.config.cache.dtype == "auto":
             return took_s, None
         keys, values = largest(transport, cost.kv_error or (0.0, 0.0))
+        if not math.isfinite(keys + values):
+            raise RuntimeError("the model gave keys or values that are not finite")
         if transport.rank == 0 and cost.kv_error:
             rounded = f"KV rounded to {self.config.cache.dtype}"
             self.group.say(f"{rounded}: keys by {keys:.2%}, values by {values:.2%} (RMS)")
@@ -362,16 +374,20 @@ class LongContext:
             raise UserError("document.strategy", "star", why)
         check_held(document, self)
         ids = token_ids("more", more, self.files.more_ids, self.files.vocab_size)
-        config, total = replace(self.config, strategy=document.strategy), document.tokens + len(ids)
+        strategy = document.strategy
+        if isinstance(strategy, DenseConfig) and self.world_size > 1:
+            strategy = RingConfig()  # as exact: one rank encoded it, and now there are several
+        config, total = replace(self.config, strategy=strategy), document.tokens + len(ids)
         check_fits(config, self.files, self.world_size, total)
         length = max(document.shards[0].length, total)
         self._check_rope(document, length, "encode the whole anew")
 
+        begun = threading.Event()
+
         def append(transport: Transport) -> tuple[RankMetrics, tuple[float, KVError]]:
+            begun.set()
             report = on_rank_0(transport, on_progress)
-            made = make_strategy(
-                document.strategy, self.config.encode, transport, self.files.vocab_size
-            )
+            made = make_strategy(strategy, self.config.encode, transport, self.files.vocab_size)
             engine, shard, victims = self.group.at_hand(transport, document)
             shard.rewind()
             cost = engine.encode([shard], [ids], made, report, victims)
@@ -380,13 +396,14 @@ class LongContext:
             return metrics, self._slowest_and_worst(transport, cost)
 
         shards = list(document.shards)
-        with _used_up(document):
+        with _used_up(document, begun):
             metrics, (took_s, kv_error) = self.group.run(append)[0]
         pinned = document in self.shelf.pinned
         self.shelf.remove(document)
         made = replace(
             document,
             ids=[*document.ids, *ids],
+            strategy=strategy,
             encode_s=took_s,
             metrics=metrics,
             shards=shards,
@@ -456,7 +473,7 @@ class LongContext:
             raise UserError("generation.stop", chosen.stop[0], "needs a model with a tokenizer")
 
         def answer(transport: Transport) -> Answer:
-            started = time.perf_counter()
+            started, sent = time.perf_counter(), transport.counters.bytes_sent
             engine, shard, victims = self.group.at_hand(transport, document)
             shown = on_text if transport.rank == 0 else None
             read = shard.take_up(top, document.tokens + len(before)) - document.tokens
@@ -464,7 +481,8 @@ class LongContext:
             with closing(engine.generate(shard, new, chosen, victims)) as steps:
                 made = collect(steps, chosen, ends, tokenizer, shown, until)
                 transport.publish("metrics")
-                sent = transport.counters.bytes_sent
+                sent = transport.counters.bytes_sent - sent
+                sent += document.metrics.bytes_sent[transport.rank]
                 metrics = gather_metrics(transport, shard.cache.nbytes, sent)
             shard.leave(top)
             times = made.times_s
@@ -593,6 +611,9 @@ class LongContext:
         if isinstance(self.config.strategy, StarConfig):
             why = "star's blocks are encoded in any order; allowed: with ring"
             raise UserError("document.checkpoint_every", checkpoint_every, why)
+        if checkpoint_every < 1:
+            raise UserError("document.checkpoint_every", checkpoint_every, "allowed: 1 or more")
+        check_place("document.save", folder)
         ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
         check_fits(self.config, self.files, self.world_size, len(ids))
         return kept.encode_kept(self, ids, folder, checkpoint_every, on_progress, length)
@@ -667,13 +688,14 @@ class LongContext:
 
 
 @contextmanager
-def _used_up(document: Document) -> Iterator[None]:
-    """Its KV becomes another's; only if that is refused before it begins, it is what it was."""
+def _used_up(document: Document, begun: threading.Event) -> Iterator[None]:
+    """Its KV becomes another's; only if that is refused or not `begun`, it is what it was."""
     try:
         yield
     except UserError:
         raise
     except BaseException:
-        document.shards.clear()
+        if begun.is_set():
+            document.shards.clear()
         raise
     document.shards.clear()

@@ -144,6 +144,6 @@ def _positions(runs: Runs) -> Tensor:
 def score_of(ids: Sequence[int], found: Tensor) -> Score:
     """From rows (2, T) as `next_token_scores` gives them; RuntimeError if they are no numbers."""
     logprobs_T, greedy_T = found.cpu()
-    if logprobs_T.isnan().any():
+    if not logprobs_T.isfinite().all():
         raise RuntimeError("the model gave logits that are not finite")
     return Score(list(ids), logprobs_T.clone(), greedy_T > 0)

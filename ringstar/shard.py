@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ringstar.paging import Needs, PagePool, ShardedCache
+from ringstar.errors import UserError
+from ringstar.paging import CacheFull, Needs, PagePool, ShardedCache
 from ringstar.stowed import Place, Stowed
 from seqpar import Runs, Span, before, joined
 
@@ -80,8 +81,12 @@ class TextShard:
         return made
 
     def __deepcopy__(self, memo: dict) -> TextShard:
-        with torch.inference_mode():  # scripts copy what ranks wrote in it
-            return self.fork(self.tokens)
+        try:
+            with torch.inference_mode():  # scripts copy what ranks wrote in it
+                return self.fork(self.tokens)
+        except CacheFull as error:
+            why = "is too few bytes for a copy of these tokens; drop texts, or give more"
+            raise UserError("cache.max_bytes", self.cache.pool.limit, why) from error
 
     # --- making room for others
 

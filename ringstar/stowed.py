@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -18,7 +20,7 @@ from seqpar import token_count
 class Place(Protocol):
     """Somewhere to put tensors by name, and take them back once."""
 
-    def put(self, tensors: dict[str, Tensor]) -> Taken: ...
+    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> Taken: ...
 
 
 class Taken(Protocol):
@@ -30,8 +32,8 @@ class Taken(Protocol):
 class HostPlace:
     """Host memory: page-locked where the pages are on a GPU, so that copies are fast."""
 
-    def put(self, tensors: dict[str, Tensor]) -> Taken:
-        return _InHost({name: _to_host(tensor) for name, tensor in tensors.items()})
+    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> Taken:
+        return _InHost({name: _to_host(tensor) for name, tensor in tensors})
 
 
 class _InHost:
@@ -53,10 +55,10 @@ class DiskPlace:
         with self._new_file():
             pass  # so it can be written
 
-    def put(self, tensors: dict[str, Tensor]) -> Taken:
+    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> Taken:
         with self._new_file() as file:
             path = Path(f"/dev/fd/{file.fileno()}")
-            write_tensors(path, tensors)
+            write_tensors(path, dict(tensors))
             # mapped, so that it is there as long as this is, without an open file for each text
             return _OnDisk(safe_open(path, framework="pt"))
 
@@ -81,12 +83,10 @@ class Stowed:
     def __init__(self, cache: ShardedCache, place: Place):
         tables = [cache.of(window) for window in cache.layers]
         self._state = [(table.runs, table.forgotten) for table in tables]
-        self._taken = place.put(
-            {
-                f"{layer}.{index}": tensor
-                for _, layer, kv in cache.all_layers()
-                for index, tensor in enumerate(kv.tensors)
-            }
+        self._taken = place.put(  # one after another: KV in several pieces is joined for it
+            (f"{layer}.{index}", tensor)
+            for _, layer, kv in cache.all_layers()
+            for index, tensor in enumerate(kv.tensors)
         )
 
     def needs(self, cache: ShardedCache) -> Needs:
@@ -107,5 +107,8 @@ class Stowed:
 
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy."""
-    room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    try:
+        room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    except RuntimeError as error:  # as CUDA says that the host has no more
+        raise OSError(errno.ENOMEM, str(error)) from error
     return room.copy_(tensor)

@@ -319,8 +319,8 @@ class ProcessWorld:
     def run(self, rank_fn: Callable[[Transport], T]) -> list[T]:
         """Run `rank_fn` on this rank; every process of the group does the same.
 
-        After an exception the ranks are out of step, so the connections are closed, which ends
-        the others too, and no further run is possible.
+        After an exception the ranks are out of step, and no further run is possible: end the
+        process.  The others then lose contact; until then they wait, for `timeout_s` at most.
         """
         (transport,) = self.transports
         with once_at_a_time(self._running):

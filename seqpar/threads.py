@@ -49,7 +49,7 @@ class ThreadWorld:
     ):
         self.world_size, self.timeout_s = world_size, timeout_s
         self.threads_per_rank = threads_per_rank or max(1, usable_cores() // world_size)
-        self.device = torch.device(device)
+        self.device = _numbered(torch.device(device))
         self.link = link or Link()
         self.failure: BaseException | None = None
         self.phases: dict[int, str] = {}
@@ -74,14 +74,14 @@ class ThreadWorld:
             results: list = [None] * self.world_size
             self._workers = [
                 threading.Thread(
-                    target=self._rank_main, args=(rank, rank_fn, results), name=f"rank {rank}"
+                    target=self._rank_main,
+                    args=(rank, rank_fn, results),
+                    name=f"rank {rank}",
+                    daemon=True,
                 )
                 for rank in range(self.world_size)
             ]
-            for worker in self._workers:
-                worker.daemon = True
-                worker.start()
-            self._join()
+            self._work()
             # threads to come start with what the last thread set, and are not all ours
             torch.set_num_threads(torch.get_num_threads())
             if self.failure is not None:
@@ -99,8 +99,10 @@ class ThreadWorld:
                 error.add_note(f"rank {rank}, during {transport.phase}")
                 self.abort(error)
 
-    def _join(self) -> None:
+    def _work(self) -> None:
         try:
+            for worker in self._workers:
+                worker.start()
             for worker in self._workers:
                 while worker.is_alive():
                     worker.join(0.2)  # a bare join would hold back Ctrl-C
@@ -108,7 +110,8 @@ class ThreadWorld:
             self.abort(error)
             give_up_at = time.monotonic() + 5.0
             for worker in self._workers:
-                worker.join(max(0.0, give_up_at - time.monotonic()))
+                if worker.is_alive():  # or it was not started
+                    worker.join(max(0.0, give_up_at - time.monotonic()))
             raise
 
     def _start_afresh(self) -> None:
@@ -158,6 +161,13 @@ class ThreadWorld:
                     )
                 until = give_up_at if message is None else message.ready_at
                 self._changed.wait(min(until - now, 0.5))
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """`cuda` as models say where they are: with the number of the card."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class _Ended(Exception):
@@ -211,6 +221,10 @@ class ThreadTransport(Transport):
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         self._exchange([(rank, []) for rank in others], [(rank, []) for rank in others]).wait()
 
+    def check_running(self) -> None:
+        if self._world.failure is not None:
+            raise _Ended
+
     def phases(self) -> dict[int, str]:
         return dict(self._world.phases)
 
@@ -244,8 +258,7 @@ class ThreadTransport(Transport):
     def _exchange(
         self, sends: list[tuple[int, list[Tensor]]], receives: list[tuple[int, list[Tensor]]]
     ) -> Handle:
-        if self._world.failure is not None:  # one rank alone has nobody to hear it from
-            raise _Ended
+        self.check_running()
         if self._restarts != self._world.restarts:
             self._reset()
         me = self._members[self.rank]

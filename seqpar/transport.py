@@ -122,7 +122,8 @@ class Transport(ABC):
         everyone = mine.new_empty(self.world_size, 1)
         with self.uncounted():
             self.all_gather(mine, everyone).wait()
-        odd = [rank for rank in range(self.world_size) if everyone[rank] != mine]
+        *digests, own = [*everyone.flatten().tolist(), mine.item()]
+        odd = [rank for rank, theirs in enumerate(digests) if theirs != own]
         if odd:
             raise TransportError(self.rank, self.phase, f"rank {odd[0]} was given another {what}")
 
@@ -140,6 +141,10 @@ class Transport(ABC):
         """Say what this rank is doing, for whoever has to name it after a fault."""
         self.phase = phase
         self._publish(phase)
+
+    def check_running(self) -> None:
+        """Raise if this rank is to stop: one that works long alone hears of it nowhere else."""
+        return None
 
     @abstractmethod
     def phases(self) -> dict[int, str]:

@@ -9,7 +9,7 @@ Shapes: q (B, Tq, H, D), k and v (B, Tk, Hkv, D), out (B, Tq, H, D) float32, lse
 float32, natural log, -inf for a row that sees no key.
 """
 
-from .api import attend, attend_cached
+from .api import UNIFIED_IN_FLOAT16, attend, attend_cached
 from .backends import BACKENDS, Backend, Case, Choice, available, choose
 from .band import Band, Piece, from_key, normalise, pieces, split_steps
 from .joined import JoinedKV, joined_kv
@@ -21,6 +21,7 @@ from .views import KV, DenseKV, KVView, PagedKV, Segment
 __all__ = [
     "BACKENDS",
     "KV",
+    "UNIFIED_IN_FLOAT16",
     "Backend",
     "Band",
     "Case",

@@ -16,6 +16,10 @@ from .merge import Partial, accumulator_dtype, empty_partial
 from .reference import Bands
 from .views import KVView, Segment
 
+UNIFIED_IN_FLOAT16 = (
+    "in float16 weights that are far below the shift would vanish; allowed in bfloat16 and float32"
+)
+
 
 def attend(
     q_BTHD: Tensor,
@@ -134,6 +138,8 @@ def _check(
 
 
 def _check_phi(q_BTHD: Tensor, phi_H: Tensor, chosen: Backend) -> None:
+    if q_BTHD.dtype == torch.float16:
+        raise ValueError(f"phi: {UNIFIED_IN_FLOAT16}")
     if chosen.attend_unified is None:
         raise ValueError(f"phi: kernel {chosen.name} has no unified max; allowed with triton")
     heads = q_BTHD.shape[2:3]

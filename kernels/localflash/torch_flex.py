@@ -5,11 +5,11 @@ float32, natural log. On CUDA it is compiled, which has been run on no GPU yet; 
 PyTorch's unfused form, which holds every score: for checks.
 """
 
-import inspect
 import threading
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -61,12 +61,11 @@ def _fused(
     """`_attend` compiled for any lengths, once for each combination of the arguments.
 
     One combination still has several graphs, for single rows, single keys and layouts. PyTorch
-    gives up after 8 of one function: where it can count by compilation, combinations do not add
-    up. Past that it raises, and does not hold the scores of a long tile unasked.
+    gives up after 8 of one code object: each combination has its own, so that they do not add up.
+    Past that it raises, and does not hold the scores of a long tile unasked.
     """
-    alone = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    options: dict[str, Any] = {"isolate_recompiles": True} if alone else {}
-    return torch.compile(_attend, dynamic=True, fullgraph=True, backend=backend, **options)
+    own = FunctionType(_attend.__code__.replace(), _attend.__globals__)
+    return torch.compile(own, dynamic=True, fullgraph=True, backend=backend)
 
 
 def _unfused() -> Callable[..., Partial]:

@@ -12,6 +12,7 @@ B sequences, Tq rows of each, H query heads, Hkv KV heads, G = H // Hkv, R = Tq*
 D head dim, S splits, P pages.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +105,7 @@ def decode(
     return out
 
 
+@lru_cache(maxsize=4096)
 def split_count(programs: int, blocks: int, processors: int) -> int:
     """The fewest splits whose waves keep the processors 85% as busy as the best number would.
 

@@ -58,15 +58,11 @@ def read_questions(text: str, source: str) -> QuestionSet:
 
 def _rows(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Each row with its place."""
-    is_list = text.lstrip().startswith("[")
-    try:
-        if is_list:
-            rows = [(f"item {n}", row) for n, row in enumerate(json.loads(text), 1)]
-        else:
-            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-            rows = [(f"line {n}", json.loads(line)) for n, line in lines]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error}); needed: {FORM}") from error
+    if text.lstrip().startswith("["):
+        rows = [(f"item {n}", row) for n, row in enumerate(_parsed(text), 1)]
+    else:
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(f"line {n}", _parsed(line, n)) for n, line in lines]
     texts = ((where, json.dumps(row, ensure_ascii=False)) for where, row in rows)
     half = next((where for where, text in texts if has_half_letters(text)), None)
     if half:
@@ -75,6 +71,15 @@ def _rows(text: str) -> list[tuple[str, dict[str, Any]]]:
     if wrong:
         raise ValueError(f"{wrong}: needed: {FORM}")
     return rows
+
+
+def _parsed(text: str, line: int | None = None) -> Any:
+    """JSON; `line`: which one of the file it is, if it is one."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where, why = line or getattr(error, "lineno", 1), getattr(error, "msg", str(error))
+        raise ValueError(f"line {where}: is not JSON ({why}); needed: {FORM}") from error
 
 
 def _are_texts(value: Any) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,12 @@ class ModelFiles(ModelFacts):
     def prompt(self) -> PromptFormat:
         """How a chat prompt is split into document and question."""
         return prompt_format(self._needed_tokenizer())
+
+    def dated(self, day: datetime) -> ModelFiles:
+        """The same files, but that a chat template which prints the date prints this."""
+        other = copy(self)
+        other.prompt = prompt_format(self._needed_tokenizer(), day)
+        return other
 
     def context_ids(self, document: str) -> list[int]:
         """The document's token ids behind whatever the chat template puts first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,10 +20,19 @@ def fingerprint(model: nn.Module) -> str:
     Not of all weights: that takes minutes for a large model.  Fine-tuning moves all of a weight.
     """
     digest = hashlib.sha256(_config(model).encode())
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(_kept(model)):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(_sample(weight.detach()))
     return digest.hexdigest()
+
+
+def _kept(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers that are saved with them: some quantisers keep weights in those."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def _config(model: Any) -> str:

@@ -134,6 +134,14 @@ def read_manifest(key: str, folder: str) -> tuple[Path, Manifest]:
         raise UserError(key, folder, f"damaged {NAME}: {lines[0]}") from error
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether the manifest of a folder is a document's: whole, or damaged beside its data."""
+    try:
+        return bool(json.loads((folder / NAME).read_bytes())["format"] == FORMAT)
+    except (ValueError, KeyError, TypeError):
+        return any(DATA.fullmatch(path.name) for path in folder.iterdir())
+
+
 def _parsed(body: dict[str, Any]) -> Manifest:
     body = {"kv": "auto", **body}  # format 1 knew no other
     fields = {name: body[name] for name in Manifest.__dataclass_fields__}

@@ -25,6 +25,7 @@ from ringstar.store.manifest import (
     Manifest,
     Part,
     file_name,
+    is_ours,
     kept,
     tensor_name,
 )
@@ -152,14 +153,14 @@ def _check_room(folder: Path, needed: int) -> None:
 
 def _check_content(folder: Path) -> None:
     """Raise OSError if `folder` holds what no save has left, and no document."""
-    if any(map(_foreign, folder.iterdir())) and not (folder / NAME).exists():
+    others = [path.name for path in folder.iterdir() if not _is_left(path)]
+    if others and not (NAME in others and is_ours(folder)):
         raise OSError(_FOREIGN, "")
 
 
-def _foreign(path: Path) -> bool:
-    """Whether no save, finished or stopped, has left this."""
-    ours = path.name == NAME or path.name.startswith(UNFINISHED) or DATA.fullmatch(path.name)
-    return not ours
+def _is_left(path: Path) -> bool:
+    """Whether it is what a save that was stopped may leave."""
+    return path.name.startswith(UNFINISHED) or bool(DATA.fullmatch(path.name))
 
 
 def _check_sizes(data: Path, part: int, files: Sequence[tuple[int, str]]) -> None:

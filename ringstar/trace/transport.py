@@ -70,6 +70,9 @@ class TracedTransport(Transport):
         self.phase = phase
         self.inner.publish(phase)
 
+    def check_running(self) -> None:
+        self.inner.check_running()
+
     def phases(self) -> dict[int, str]:
         return self.inner.phases()
 

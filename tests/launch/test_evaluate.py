@@ -3,6 +3,7 @@
 A tiny random model through whole runs: what is written, what is taken up, what is refused.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -26,12 +27,14 @@ from launch.evaluate_plan import Plan, make_plan, read_lengths, read_tasks
 from launch.evaluate_result import CANNOT, results
 from launch.evaluate_star import contenders
 from launch.evaluate_tables import tables
+from launch.faults import Fault
+from launch.lines import LineLog
 from launch.options import EVALUATE
 from ringstar.config import DenseConfig, RingConfig
 from ringstar.errors import UserError
 from ringstar.evaluation import RULER, TASKS, paired_p, retention, wilson
 from ringstar.models import ModelFiles, find_model
-from tests.support.chat import chat_folder
+from tests.support.chat import TEMPLATE, chat_folder
 from tests.support.commands import THREADS, environment, json_lines
 from tests.support.models import tiny_folder
 
@@ -250,6 +253,84 @@ def test_texts_that_changed_behind_the_first_sample_are_noticed(tmp_path, run):
     assert "other samples of qa_1" in err
 
 
+def test_another_chat_template_is_noticed_and_another_day_is_not(tmp_path, run):
+    """A template may print the date, be it in a macro."""
+    folder, path = tmp_path / "model", tmp_path / "e.json"
+    shutil.copytree(chat_folder(), folder)
+    config = folder / "tokenizer_config.json"
+    dated = "{% macro day() %}{{ strftime_now('%d %B %Y, %f') }}{% endmacro %}<user>{{ day() }}"
+    template = folder / "chat_template.jinja"
+    assert template.exists() and "chat_template" not in config.read_text()
+    template.write_text(dated + TEMPLATE)
+    given = [f"model.path={folder}", *THREADS, "evaluate.tasks=vt", "evaluate.lengths=1200"]
+    given += ["evaluate.star=none", f"output.path={path}"]
+    run(*given, "evaluate.samples=1")
+    run(*given, "evaluate.samples=2")  # microseconds have passed
+    assert len({line.template for line in scored(path)}) == 1
+    template.write_text(dated + TEMPLATE.replace("<bot>", "<bot><bot>"))
+    _, err = run(*given, "evaluate.samples=3", status=2)
+    assert "has samples with another chat template" in err
+
+
+def test_exact_alone(tmp_path, run):
+    """Of a model whose window star would not see past."""
+    path, folder = tmp_path / "e.json", chat_folder("mistral", sliding_window=64)
+    given = [f"model.path={folder}", *THREADS, "evaluate.lengths=1200"]
+    given += ["evaluate.tasks=vt,niah_multikey_3"]
+    _, err = run(*given, status=2)
+    assert "hides part of" in err and "evaluate.star=none evaluates exact alone" in err
+    out, _ = run(*given, "evaluate.samples=1", "evaluate.star=none", f"output.path={path}")
+    assert {line.strategy for line in scored(path)} == {"exact"}
+    assert "p: paired" not in out and "Wilson" in out
+    assert json.loads(path.read_text())["strategies"] == [{"label": "exact", "given": ""}]
+    _, err = run(*given, "evaluate.star=none", "evaluate.star=block_size=1/4", status=2)
+    assert err.startswith("ringstar: evaluate.star=none: ")
+
+
+def test_a_share_that_does_not_fit_one_document_leaves_it_out(tmp_path, run):
+    """An anchor of a half is longer than its block for one document, and not for another."""
+    path = tmp_path / "e.json"
+    given = [model(), *THREADS, "evaluate.tasks=niah_multikey_3", "evaluate.lengths=1200"]
+    given += [f"output.path={path}"]
+    run(*given, "evaluate.samples=12", "evaluate.star=none")
+    tokens = [line.document_tokens for line in scored(path)]
+    size = -(-tokens[0] // 2)
+    fits = [number for number, count in enumerate(tokens) if -(-count // 2) <= size]
+    assert 0 < len(fits) < len(tokens)
+    star = f"evaluate.star=block_size={size} anchor_size=1/2"
+    _, err = run(*given, "evaluate.samples=12", star)
+    assert err.count("is left out") == len(tokens) - len(fits)
+    assert [line.index for line in scored(path) if line.strategy != "exact"] == fits
+
+
+def test_one_run_at_a_time(path, tmp_path, run, monkeypatch):
+    """Another run has the file, or had it since it was read."""
+    for suffix in (".samples.jsonl", ".config.yaml"):
+        shutil.copy(path.with_suffix(suffix), tmp_path / f"o{suffix}")
+    samples, given = tmp_path / "o.samples.jsonl", [model(), *THREADS, *GIVEN]
+    before = samples.read_bytes()
+    log = LineLog(samples, before.count(b"\n"))
+    _, err = run(*given, f"output.path={tmp_path}/o.json", status=2)
+    assert "o.samples.jsonl: another run is adding to it" in err
+    log.close()
+    with pytest.raises(UserError, match="has just added to it"):
+        LineLog(samples, 3)
+    assert samples.read_bytes() == before
+    run(*given, f"output.path={tmp_path}/o.json")
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    log = LineLog(tmp_path / "x.jsonl")
+    log.add({"a": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Fault, match=r"x\.jsonl: cannot be written: no space left"):
+        log.add({"b": 2})
+
+
 @pytest.mark.parametrize("line", ["{}\n", "[]\n", "nothing\n", '{"task": "vt"}\n'])
 def test_another_file_is_not_taken_for_samples(tmp_path, run, line):
     (tmp_path / "r.samples.jsonl").write_text(line)
@@ -404,9 +485,15 @@ def test_lengths_and_tasks():
             ["evaluate.star=block_size=1/4", "evaluate.star=block_size=quarter"],
             "evaluate.star=block_size=quarter: is the same as block_size=1/4",
         ),
+        (
+            ["evaluate.star=block_size=1K", "evaluate.star=block_size=1024"],
+            "evaluate.star=block_size=1024: is the same as block_size=1K",
+        ),
+        (["evaluate.star=block_size=1/8", "evaluate.star=block_size=2/16"], "is the same as"),
         (["evaluate.essay_path=/nowhere", "evaluate.tasks=niah_single_2"], "cannot be read"),
         (["evaluate.essay_path=-", "evaluate.tasks=niah_single_2"], "the name of a text file"),
         (["evaluate.qa_path=QA", "evaluate.tasks=qa_1"], "line 1: needed"),
+        (["evaluate.qa_path=CUT", "evaluate.tasks=qa_1"], "line 2: is not JSON (Expecting"),
         (["evaluate.qa_path=ONE", "evaluate.tasks=qa_2"], "no question of this kind (qa_2)"),
         (["evaluate.picture=x.gif"], "evaluate.picture=x.gif: allowed: a name that ends in .png"),
         (["output.path=/nowhere/x.json"], "output.path=/nowhere/x.json"),
@@ -421,7 +508,10 @@ def test_wrong_input_is_one_line(change, says, run, untouched, tmp_path):
     qa, one = tmp_path / "qa.jsonl", tmp_path / "one.jsonl"
     qa.write_text('{"question": "Who?"}\n')
     one.write_text('{"question": "Who?", "answers": ["I"], "paragraphs": ["It was I."]}\n' * 2)
-    change = [c.replace("=QA", f"={qa}").replace("=ONE", f"={one}") for c in change]
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(one.read_text().rstrip().removesuffix("}"))
+    for name, file in {"=QA": qa, "=ONE": one, "=CUT": cut}.items():
+        change = [text.replace(name, f"={file}") for text in change]
     base = ["evaluate.tasks=niah_single_1", "evaluate.lengths=1200"]
     keys = {text.partition("=")[0] for text in change}
     kept = [text for text in base if text.partition("=")[0] not in keys]

@@ -162,6 +162,8 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, book, ids
     assert "scored, not kept" in refused(*given, text, "document.save=x")
     assert "score.pieces" in refused(*given, text, "score.pieces=0")
     assert "ends in .png" in refused(*given, text, "score.picture=a.jpg")
+    drawn = refused(*given, text, "score.continuation=a", "score.picture=a.png")
+    assert drawn.startswith("score.picture=a.png: draws the perplexity of a document")
 
 
 def test_texts_may_hold_other_characters_that_end_lines(tmp_path):

@@ -182,6 +182,15 @@ def test_unified_max(device, phi, splits, into):
 
 
 @ON
+def test_unified_max_is_not_for_float16(device):
+    """What is far below the shift would vanish, and the row would not be flagged."""
+    q = torch.zeros(1, 1, 2, 16, dtype=torch.float16, device=device)
+    phi_H = torch.zeros(2, device=device)
+    with pytest.raises(ValueError, match="in float16 weights that are far below the shift"):
+        attend_cached(q, DenseKV(q, q), None, phi=phi_H, backend="triton")
+
+
+@ON
 def test_unified_max_recomputes_the_rows_that_need_it(device):
     """Scores 400 above the shift for one head only: infinite sums, refused, right all the same."""
     q = torch.ones(1, 1, 4, 16, device=device)

@@ -7,6 +7,7 @@ import pytest
 
 from ringstar import UserError
 from ringstar.config import StarConfig
+from ringstar.engine import RankEngine
 from tests.support.chat import chat_folder
 from tests.support.models import DYNAMIC, expected, over_bound, random_ids, tiny_folder
 from tests.support.runtime import simulated
@@ -64,6 +65,36 @@ def test_a_loaded_document_grows_at_another_world_size_and_is_saved(tmp_path):
         answer = last.ask(last.load(str(tmp_path)), QUESTION, max_new_tokens=NEW)
         assert over_bound(answer.first_logits, want) <= 1
         assert answer.ids == want.ids
+
+
+def test_what_one_rank_encoded_grows_over_several(tmp_path):
+    folder, head, more = tiny_folder("llama"), random_ids(70), random_ids(40, seed=9)
+    dense = simulated(folder, 1, strategy="dense")
+    dense.save(dense.encode(head), str(tmp_path))
+    ring = runtime(folder, 3)
+    longer = ring.append(ring.load(str(tmp_path)), more)
+    want = expected(folder, head + more + QUESTION, NEW)
+    answer = ring.ask(longer, QUESTION, max_new_tokens=NEW)
+    assert over_bound(answer.first_logits, want) <= 1 and answer.ids == want.ids
+
+
+def test_only_what_was_begun_uses_a_document_up(monkeypatch):
+    ring = runtime(tiny_folder("llama"))
+    document = ring.encode(random_ids(60))
+
+    def busy(rank_fn):
+        raise RuntimeError("rank 0 of an interrupted run is still computing: try again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ring.ranks, "run", busy)
+        with pytest.raises(RuntimeError, match="try again"):
+            ring.append(document, [1, 2])
+    with monkeypatch.context() as patch:
+        patch.setattr(RankEngine, "extend", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ring.append(document, [1, 2])
+    with pytest.raises(UserError, match="was appended to"):
+        ring.append(document, [1, 2])
 
 
 def test_text_is_appended_as_it_stands():

@@ -268,6 +268,50 @@ def test_what_was_put_aside_and_forgotten_is_gone(tmp_path):
     assert not put_aside(place)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_only_what_somebody_has_is_put_aside(tmp_path, held):
+    """Nobody could ask about the rest: it is dropped, in pages or on the disk."""
+    cache = budget(70, offload="disk", offload_path=str(tmp_path))
+    ring, ids = runtime(tiny_folder("llama"), cache), documents(5)
+
+    def texts_aside():
+        return len({each.path for each in put_aside(tmp_path)}) // ring.world_size
+
+    kept = [ring.encode(ids[0])]
+    last = ring.encode(ids[1])
+    assert texts_aside() == 1  # the first
+    if not held:
+        kept.clear()
+    for each in ids[2:4]:
+        last = ring.encode(each)  # the one before it is held until this is there
+        assert texts_aside() == 1 + held
+    del last
+    ring.encode(ids[4])  # for which one went that nobody had
+    assert texts_aside() == 1 + held
+    for document in kept:
+        check(ring, tiny_folder("llama"), document)
+
+
+def test_host_memory_that_is_full_is_refused_on_every_rank(monkeypatch):
+    ring = runtime(tiny_folder("llama"), budget(70))
+    ring.group.places = [HostPlace() for _ in ring.group.places]
+    document = ring.encode(documents(1)[0])
+    make, calls = torch.empty, []
+
+    def full(*args, **more):
+        if "pin_memory" in more:
+            calls.append(1)
+            if len(calls) == 1:
+                raise RuntimeError("CUDA error: out of memory")
+        return make(*args, **more)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match="a document cannot be put there on rank"):
+        ring.encode(documents(2)[1])
+    monkeypatch.undo()
+    check(ring, tiny_folder("llama"), document)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_host_memory_is_a_place_too(family):
     """As from a GPU, where there is one."""

@@ -84,6 +84,16 @@ def test_rope_is_that_of_the_whole_text(family, changes, tmp_path):
     check(folder, ring, ring.encode_kept(IDS, str(tmp_path / "kept"), 2, length=length))
 
 
+def test_a_text_of_another_length_does_not_go_on(tmp_path):
+    """Its frequencies would be others."""
+    ring = runtime(tiny_folder("llama", **DYNAMIC), 2, allow_beyond_limit=True)
+    interrupted(ring, tmp_path / "kept", parts=2, length=TOKENS + 5)
+    with pytest.raises(
+        UserError, match=f"a text of another length.*{TOKENS + 5}, here {TOKENS + 9}"
+    ):
+        ring.encode_kept(IDS, str(tmp_path / "kept"), 1, length=TOKENS + 9)
+
+
 def test_each_part_is_written_once(tmp_path):
     ring, to = runtime(tiny_folder("llama"), 2), tmp_path / "kept"
     interrupted(ring, to, parts=4)
@@ -127,12 +137,18 @@ def test_what_was_saved_there_before_stays_until_the_end(tmp_path):
 
 def test_what_does_not_belong_is_refused(tmp_path):
     ring, to = runtime(tiny_folder("llama")), str(tmp_path / "kept")
+    with pytest.raises(UserError, match=r"document\.checkpoint_every=0: allowed: 1 or more"):
+        ring.encode_kept(IDS, to, 0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds other things"):
+        ring.encode_kept(IDS, str(tmp_path / "mine"), 1)
     interrupted(ring, to, parts=2)
     with pytest.raises(UserError, match=r"kept\.unfinished: holds the beginning of another"):
         ring.encode_kept([5, *IDS], to, 1)
     with pytest.raises(UserError, match=r"kept\.unfinished: holds the beginning of another"):
         ring.encode_kept(IDS[:10], to, 1)
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match=r"^document\.save=.*another model"):
         runtime(tiny_folder("qwen3")).encode_kept(IDS, to, 1)
     next((tmp_path / "kept.unfinished").glob("data-*/part-00001*")).unlink()
     with pytest.raises(UserError, match="damaged"):

@@ -3,6 +3,9 @@
 Questions that follow one another: each answer is one device's for the whole text so far.
 """
 
+import gc
+import weakref
+
 import pytest
 
 from ringstar import UserError
@@ -37,6 +40,29 @@ def test_each_turn_sees_those_before_it(family, world):
     for question in TURNS:
         text = check(folder, text, question, talk.ask(question, max_new_tokens=NEW))
         assert DOCUMENT + talk.ids == text
+
+
+def test_nothing_holds_a_document_that_was_talked_about():
+    """Without the garbage collector, which comes to ranks at different times."""
+    ring = runtime(tiny_folder("llama"), 2)
+    talk = ring.converse(ring.encode(DOCUMENT))
+    talk.ask(TURNS[0], max_new_tokens=2)
+    document = weakref.ref(talk.document)
+    gc.disable()
+    try:
+        del talk
+        assert document() is None
+    finally:
+        gc.enable()
+
+
+def test_what_an_answer_sent_is_its_own():
+    """With what its document did, and nothing of what was asked before."""
+    ring = runtime(tiny_folder("llama"), 2)
+    document = ring.encode(DOCUMENT)
+    first, second = (ring.ask(document, TURNS[0], max_new_tokens=3).metrics for _ in range(2))
+    assert first.bytes_sent == second.bytes_sent
+    assert first.bytes_sent[0] > document.metrics.bytes_sent[0]
 
 
 def test_turns_are_read_once():

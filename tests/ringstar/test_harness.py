@@ -23,7 +23,7 @@ from ringstar.harness import RingstarLM
 from ringstar.models import find_model
 from tests.support.chat import LINES, chat_folder
 from tests.support.lm_eval_tasks import choices, evaluated, local_task, responses, task_manager
-from tests.support.models import tiny_folder
+from tests.support.models import LONGROPE, tiny_folder
 
 BOUND = 1e-3
 PAGES = [{"page": " ".join(LINES * 12)}, {"page": LINES[0]}]
@@ -240,6 +240,41 @@ def test_star_takes_texts_shorter_than_its_anchors():
         ours(chat_folder(), strategy=StarConfig(anchor_size=64))
 
 
+def test_neighbouring_seeds_have_no_sample_in_common():
+    drawn = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 12, "until": [], "top_k": 0}
+    one, other = (
+        set(ours(chat_folder(), seed=seed).generate_until(instances(*[(LINES[0], drawn)] * 8)))
+        for seed in (0, 1)
+    )
+    assert len(one) == len(other) == 8 and not one & other
+
+
+def test_what_differs_from_the_own_backend_is_said(caplog):
+    drawn = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 2, "until": []}
+    with caplog.at_level("WARNING"):
+        ours(chat_folder()).generate_until(instances(*[(line, drawn) for line in LINES]))
+    assert caplog.text.count("names no top_k") == 1
+
+
+def test_an_answer_ends_where_longrope_would_change(caplog):
+    """What comes before would have to be encoded again."""
+    lm = ours(chat_folder.__wrapped__("phi3", **LONGROPE, hidden_size=64))
+    jump = lm.runtime.files.rope_jumps_after
+    text = " ".join(LINES * 9)
+    context = lm.tokenizer.decode(lm.tok_encode(text)[: jump - 5])
+    read = len(lm.tok_encode(context))
+    asked = {"max_gen_toks": 32, "until": []}
+    with caplog.at_level("WARNING"):
+        (answer,) = lm.generate_until(instances((context, asked)))
+    assert read <= jump < read + 31 and "(longrope) changes" in caplog.text
+    want = lm.runtime.ask(
+        lm.runtime.encode(lm.tok_encode(context)[:-1]),
+        lm.tok_encode(context)[-1:],
+        max_new_tokens=jump - read + 1,
+    )
+    assert answer == lm.tokenizer.decode(want.ids, skip_special_tokens=True)
+
+
 def test_it_is_registered_by_name():
     made = lm_eval.api.registry.get_model("ringstar").create_from_arg_string(
         f"pretrained={chat_folder()},transport=threads,world_size=2,strategy=star",
@@ -247,6 +282,9 @@ def test_it_is_registered_by_name():
     )
     assert isinstance(made, RingstarLM) and made.batch_size == 4 and made.query_tokens == 256
     assert (made.rank, made.world_size, made.runtime.world_size) == (0, 1, 2)
+    with pytest.raises(UserError, match="device=cpu: each rank has its own"):
+        RingstarLM(chat_folder(), device="cpu")
+    assert ours(chat_folder(), batch_size="auto:4").batch_size == 64
 
 
 def test_what_it_cannot_do_is_refused():

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ringstar import LongContext, UserError
-from ringstar.config import Config, GenerationConfig, ModelConfig
-from ringstar.models import find_model
+from ringstar import CacheConfig, LongContext, UserError
+from ringstar.config import Config, GenerationConfig, ModelConfig, RingConfig
+from ringstar.models import ModelFiles, find_model
 from ringstar.prompt import prompt_format
 from ringstar.sampling import NO_TOKEN, Sampler
 from seqpar import TransportError
 from seqpar.process import ProcessWorld
+from seqpar.threads import ThreadTransport
 from tests.support.models import expected, random_ids, tiny_folder
 from tests.support.ranks import in_processes
 from tests.support.runtime import simulated
@@ -113,6 +114,29 @@ def test_logits_that_are_not_finite_are_a_fault_on_every_rank(monkeypatch):
         ring.group.engines[0].model.model.lm_head.weight[3] = float("inf")
     with pytest.raises(RuntimeError, match="logits that are not finite"):
         ring.ask(document, random_ids(2))
+
+
+def test_keys_that_are_not_finite_are_a_fault_where_they_are_rounded():
+    ring = runtime(cache=CacheConfig(dtype="int8"))
+    with torch.no_grad():
+        ring.group.engines[0].model.model.model.layers[0].self_attn.k_proj.weight[3] = float("inf")
+    with pytest.raises(RuntimeError, match="keys or values that are not finite"):
+        ring.encode(random_ids(5))
+
+
+def test_a_layout_is_of_the_ring():
+    for strategy in ("star", RingConfig()):
+        with pytest.raises(UserError, match=r"^layout=striped: is of strategy"):
+            LongContext.from_pretrained(tiny_folder("llama"), strategy=strategy, layout="striped")
+
+
+def test_a_model_that_does_not_load_leaves_no_ranks(monkeypatch):
+    closed = []
+    monkeypatch.setattr(ThreadTransport, "close", lambda transport: closed.append(transport.rank))
+    monkeypatch.setattr(ModelFiles, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runtime()
+    assert closed == [0, 1]
 
 
 def test_the_smallest_temperature_is_greedy():

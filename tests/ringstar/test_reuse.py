@@ -5,6 +5,7 @@ Beginnings that documents have in common are encoded once, and answers stay what
 
 import copy
 import gc
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -205,11 +206,11 @@ def test_processes_know_the_same():
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=400)
 
 
+@dataclass(eq=False)
 class FakeDocument:
-    evicted = False
-
-    def __init__(self, ids):
-        self.ids, self.shards = ids, [None]
+    ids: list
+    shards: list = field(default_factory=lambda: [None])
+    evicted: bool = False
 
 
 @given(st.lists(st.tuples(st.integers(0, 300), texts), min_size=1, max_size=5), st.integers(0, 300))

@@ -13,6 +13,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import torch
 import ringstar.store.write
 from ringstar import LongContext, UserError
 from ringstar.config import RopeConfig, StarConfig
-from ringstar.store import check_place
+from ringstar.store import check_place, fingerprint
 from ringstar.store import manifest as manifests
 from seqpar.process import ProcessWorld
 from tests.support.commands import python
@@ -375,6 +376,38 @@ def test_other_folders_are_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"document\.save=.*letter\.txt: "):
         ring.save(encoded(ring), str(tmp_path / "letter.txt"))
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("other", ['{"name": "an app"}', "[]", "no JSON"])
+def test_a_manifest_of_something_else_is_left_alone(tmp_path, other):
+    ring, manifest = runtime(tiny_folder("llama")), tmp_path / "manifest.json"
+    manifest.write_text(other)
+    with pytest.raises(UserError, match="is a folder that holds other things"):
+        ring.save(encoded(ring), str(tmp_path))
+    with pytest.raises(UserError, match="is a folder that holds other things"):
+        check_place("document.save", str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+    assert manifest.read_text() == other
+    manifest.unlink()
+    ring.save(encoded(ring), str(tmp_path))
+    manifest.write_text(other)  # damaged: the data are still beside it
+    if other == "no JSON":
+        ring.save(encoded(ring), str(tmp_path))
+        assert ring.load(str(tmp_path)).tokens
+
+
+def test_buffers_that_are_saved_are_weights():
+    """Some quantisers keep theirs in buffers."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, packed, inverse):
+            super().__init__()
+            self.config = SimpleNamespace(to_dict=dict)
+            self.register_buffer("qweight", torch.tensor(packed))
+            self.register_buffer("inv_freq", torch.tensor(inverse), persistent=False)
+
+    ours = fingerprint(Layer([1, 2], 1.0))
+    assert ours == fingerprint(Layer([1, 2], 2.0)) != fingerprint(Layer([1, 3], 1.0))
 
 
 KILLED = """

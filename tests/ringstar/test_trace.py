@@ -15,6 +15,7 @@ from localflash import Backend
 from ringstar import LongContext, UserError
 from ringstar.config import Config, ModelConfig, ProfileConfig, StarConfig, TransportConfig
 from ringstar.exchange import bytes_on_rank_0
+from ringstar.metrics import gather_integers
 from ringstar.models import BoundModel
 from ringstar.trace import check_profile
 from ringstar.trace.chrome import TRANSFERS, RankTrace, trace_file
@@ -43,12 +44,13 @@ def config_of(folder, path, world=3, **changes) -> Config:
 
 
 def run(runtime):
-    """A document, logits after it, and an answer."""
+    """A document, logits after it, and an answer; with it, what every rank sent in all."""
     document = runtime.encode(random_ids(CONTEXT))
     runtime.logits(document, random_ids(4), last=2)
     answer = runtime.ask(document, random_ids(5), max_new_tokens=NEW_TOKENS)
+    sent = runtime.ranks.run(lambda t: gather_integers(t, [t.counters.bytes_sent])[0])[0]
     runtime.close()
-    return answer
+    return answer, sent
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -57,10 +59,10 @@ def test_everything_is_there_and_well_formed(strategy, world, tmp_path):
     config = config_of(tiny_folder("llama"), tmp_path, world)
     if strategy == "star":
         config.strategy = StarConfig(block_size=20)
-    answer = run(LongContext.from_config(config))
+    _, sent = run(LongContext.from_config(config))
     trace = read(tmp_path)
     check_format(trace)
-    assert bytes_sent(trace, world) == answer.metrics.bytes_sent
+    assert bytes_sent(trace, world) == sent
     assert {event["pid"] for event in of_kind(trace, "phase")} == set(range(world))
     for rank in range(world):
         phases = [event["name"] for event in of_kind(trace, "phase", rank)]
@@ -102,7 +104,7 @@ def test_nothing_is_in_the_way_when_nothing_is_recorded():
 
 def test_recording_changes_no_answer(tmp_path):
     folder = tiny_folder("llama")
-    traced, plain = (
+    (traced, _), (plain, _) = (
         run(LongContext.from_config(config_of(folder, path))) for path in (tmp_path, None)
     )
     assert traced.ids == plain.ids
@@ -115,7 +117,7 @@ def test_a_trace_is_bounded_and_says_what_is_left_out(tmp_path, caplog):
     caplog.set_level("INFO", logger="ringstar")
     for limit in (100_000, 50):
         profile = ProfileConfig(str(tmp_path), max_events=limit)
-        answer = run(LongContext.from_config(config_of(folder, tmp_path, profile=profile)))
+        _, sent = run(LongContext.from_config(config_of(folder, tmp_path, profile=profile)))
         traces.append(read(tmp_path))
     check_format(traces[1])
     assert "beyond profile.max_events=50 of a rank: " in caplog.text
@@ -126,7 +128,7 @@ def test_a_trace_is_bounded_and_says_what_is_left_out(tmp_path, caplog):
         assert len(kept) - len(of_kind(traces[1], "phase", rank)) == 50
         assert sum(record["dropped"].values()) == len(had) - len(kept)
         moved = [kinds["transfer"] for kinds in record["totals"].values() if "transfer" in kinds]
-        assert sum(total["bytes_sent"] for total in moved) == answer.metrics.bytes_sent[rank]
+        assert sum(total["bytes_sent"] for total in moved) == sent[rank]
 
 
 def counts(rank) -> dict[tuple[str, str], int]:
@@ -144,7 +146,7 @@ def complete(trace, rank) -> list[dict]:
 
 def traced_process(transport, folder, path):
     config = config_of(folder, path, transport=TransportConfig())
-    return run(LongContext.from_config(config, ProcessWorld(transport))).metrics.bytes_sent
+    return run(LongContext.from_config(config, ProcessWorld(transport)))[1]
 
 
 def test_processes_write_one_file(tmp_path):

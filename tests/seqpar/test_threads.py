@@ -74,6 +74,51 @@ def test_ctrl_c_ends_all_ranks(monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
 
 
+def test_ctrl_c_ends_a_rank_that_works_alone(monkeypatch):
+    """It exchanges nothing: it asks."""
+    world, working = ThreadWorld(1), threading.Event()
+
+    def rank(t):
+        working.set()
+        while True:
+            t.check_running()
+
+    def interrupted(self, timeout=None):
+        working.wait()
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world.run(rank)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
+    assert world.run(lambda t: t.rank) == [0]
+
+
+def test_ctrl_c_while_ranks_start_ends_those_that_did(monkeypatch):
+    world, start, started = ThreadWorld(3), threading.Thread.start, []
+
+    def interrupted(self):
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world.run(lambda t: t.barrier())
+    monkeypatch.undo()
+    assert not any(thread.is_alive() for thread in started)
+    assert world.run(lambda t: t.rank) == [0, 1, 2]
+
+
+def test_the_card_has_a_number(monkeypatch):
+    """As models say where they are."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert ThreadWorld(1, device="cuda").device == torch.device("cuda:3")
+    assert ThreadWorld(1, device="cuda:1").device == torch.device("cuda:1")
+
+
 def test_a_silent_peer_is_named_after_the_timeout():
     def rank(t):
         t.publish("waiting" if t.rank == 0 else "asleep")

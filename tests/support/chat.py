@@ -25,14 +25,14 @@ LINES = [
 
 
 @functools.cache
-def chat_folder(**changes: Any) -> str:
-    """A folder with a two-layer llama and its tokenizer; `changes` are of the config."""
+def chat_folder(family: str = "llama", **changes: Any) -> str:
+    """A folder with a two-layer model and its tokenizer; `changes` are of the config."""
     logging.disable_progress_bar()
     folder = Path(tempfile.mkdtemp(prefix="tiny-chat-"))
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     config = AutoConfig.for_model(
-        "llama",
+        family,
         **{
             "vocab_size": len(tokenizer),
             "hidden_size": 32,
