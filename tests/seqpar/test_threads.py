@@ -55,33 +55,22 @@ def test_a_world_can_be_used_again_after_a_failure():
     assert world.run(gather) == [[0.0, 1.0, 2.0]] * 3
 
 
-def test_ctrl_c_ends_all_ranks(monkeypatch):
-    world = ThreadWorld(2)
-    waiting = threading.Event()
-
-    def rank(t):
-        waiting.set()
-        t.shift([], [torch.empty(1)]).wait()  # nobody sends
-
-    def interrupted(self, timeout=None):
-        waiting.wait()
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        world.run(rank)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
+def forever(t):
+    t.shift([], [torch.empty(1)]).wait()  # nobody sends
 
 
-def test_ctrl_c_ends_a_rank_that_works_alone(monkeypatch):
-    """It exchanges nothing: it asks."""
-    world, working = ThreadWorld(1), threading.Event()
+def alone(t):
+    while True:  # exchanges nothing: it asks
+        t.check_running()
+
+
+@pytest.mark.parametrize(("work", "ranks"), [(forever, 2), (alone, 1)])
+def test_ctrl_c_ends_all_ranks(work, ranks, monkeypatch):
+    world, working = ThreadWorld(ranks), threading.Event()
 
     def rank(t):
         working.set()
-        while True:
-            t.check_running()
+        work(t)
 
     def interrupted(self, timeout=None):
         working.wait()
@@ -92,7 +81,7 @@ def test_ctrl_c_ends_a_rank_that_works_alone(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         world.run(rank)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank ")]
-    assert world.run(lambda t: t.rank) == [0]
+    assert world.run(lambda t: t.rank) == list(range(ranks))
 
 
 def test_ctrl_c_while_ranks_start_ends_those_that_did(monkeypatch):
