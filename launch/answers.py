@@ -101,14 +101,13 @@ def _answer_in(text: str) -> dict[str, Any]:
 class AnswerLog:
     """Where answers go: `output.path`, or standard output; rank 0 has one."""
 
-    def __init__(self, config: AskConfig, entries: Mapping[str, Entry], before: int | None = None):
-        """UserError if the file has other than the `before` lines that were read of it."""
+    def __init__(self, config: AskConfig, entries: Mapping[str, Entry]):
         self._file: LineLog | None = None
         self._contexts = contexts_of(config, entries)
         path = config.output.path
         if path is None:
             return
-        self._file = LineLog(path, before)
+        self._file = LineLog(path)
         write_config(config, path)
 
     def close(self) -> None:

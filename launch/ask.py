@@ -113,13 +113,14 @@ def run_rank(config: AskConfig, phases: Any) -> None:
         _check_lengths(runtime, entries, asked)
     longest = {name: max(sizes) for name, sizes in asked.items()}
     library = Library(runtime, entries, longest)
-    if ONLY in entries:
-        request = Request(entries[ONLY].ids, [0] * longest.get(ONLY, 0))
-        library.add(ONLY, encoded_document(config, runtime, request))
-    if config.questions.path is not None:
-        _answer_file(config, runtime, library, questions)
-    else:
-        _answer_typed(config, runtime, library)
+    with _answer_log(config, runtime, entries) as answers:
+        if ONLY in entries:
+            request = Request(entries[ONLY].ids, [0] * longest.get(ONLY, 0))
+            library.add(ONLY, encoded_document(config, runtime, request))
+        if config.questions.path is not None:
+            _answer_file(config, runtime, library, questions, answers)
+        else:
+            _answer_typed(config, runtime, library, answers)
     runtime.close()
 
 
@@ -134,7 +135,11 @@ def _check_lengths(
 
 
 def _answer_file(
-    config: AskConfig, runtime: LongContext, library: Library, questions: list[Question]
+    config: AskConfig,
+    runtime: LongContext,
+    library: Library,
+    questions: list[Question],
+    answers: AnswerLog | None,
 ) -> None:
     first = runtime.rank == 0
     found = json.dumps(answered(config, library.entries, questions))
@@ -146,43 +151,42 @@ def _answer_file(
     for question, answer_ids in zip(questions, done, strict=False):
         before.setdefault(question.document, []).append((question.asked, answer_ids))
     ask = asker(config, runtime, library, before)
-    left = tqdm(questions[len(done) :], "questions", disable=not shown, leave=False)
-    with _answer_log(config, library, first, len(done)) as answers:
-        for question in left:
-            answer = ask(question.document, question.asked)
-            if answers is not None:
-                answers.add(question.line, answer, question.document)
+    for question in tqdm(questions[len(done) :], "questions", disable=not shown, leave=False):
+        answer = ask(question.document, question.asked)
+        if answers is not None:
+            answers.add(question.line, answer, question.document)
 
 
 def _answer_log(
-    config: AskConfig, library: Library, wanted: bool, before: int | None = None
+    config: AskConfig, runtime: LongContext, entries: Mapping[str, Entry]
 ) -> AbstractContextManager[AnswerLog | None]:
-    """Where answers go, on the rank that keeps them."""
-    return closing(AnswerLog(config, library.entries, before)) if wanted else nullcontext()
+    """Where rank 0 keeps answers; typed questions have theirs on the screen."""
+    kept = config.questions.path is not None or config.output.path is not None
+    return closing(AnswerLog(config, entries)) if kept and runtime.rank == 0 else nullcontext()
 
 
-def _answer_typed(config: AskConfig, runtime: LongContext, library: Library) -> None:
+def _answer_typed(
+    config: AskConfig, runtime: LongContext, library: Library, answers: AnswerLog | None
+) -> None:
     """Until the end of standard input; every rank hears the same."""
-    kept = runtime.rank == 0 and config.output.path is not None
     # nobody is there to put the terminal in order after a rank of torchrun's that was stopped
     edited = config.launch.report is not None or not under_torchrun()
     lines = typed_lines(config.transport.timeout_s, edited) if runtime.rank == 0 else iter(())
     ask = asker(config, runtime, library)
-    with _answer_log(config, library, kept) as answers:
-        while (question := _of_rank_0(runtime, next(lines, None))) is not None:
-            if not question.strip():
-                continue
-            try:
-                answer = ask(ONLY, question, on_text=print_piece)
-            except UserError as error:  # the same on every rank
-                if runtime.rank == 0:
-                    log.info(str(error))
-                continue
+    while (question := _of_rank_0(runtime, next(lines, None))) is not None:
+        if not question.strip():
+            continue
+        try:
+            answer = ask(ONLY, question, on_text=print_piece)
+        except UserError as error:  # the same on every rank
             if runtime.rank == 0:
-                ids = "" if runtime.files.tokenizer else " ".join(map(str, answer.ids))
-                print_piece(f"{ids}\n")
-            if answers is not None:
-                answers.add({"question": question}, answer, ONLY)
+                log.info(str(error))
+            continue
+        if runtime.rank == 0:
+            ids = "" if runtime.files.tokenizer else " ".join(map(str, answer.ids))
+            print_piece(f"{ids}\n")
+        if answers is not None:
+            answers.add({"question": question}, answer, ONLY)
 
 
 def asker(

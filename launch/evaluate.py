@@ -36,7 +36,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ from launch.start import RankCommand, run_program
 from launch.streams import choices_unsaid, print_piece
 from launch.weights import usable_model
 from ringstar.config import EvaluationConfig
-from ringstar.errors import UserError
 from ringstar.evaluation import BY_DEPTH
 from ringstar.exchange import text_of_rank_0
 from ringstar.models import ModelFiles
@@ -71,9 +69,6 @@ from ringstar.ranks import Ranks, make_ranks
 from ringstar.runtime import LongContext
 
 log = logging.getLogger("ringstar")
-
-# told to templates that print today's date: a run that goes on tomorrow has the same prompts
-_DAY = datetime(2025, 1, 1)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -93,9 +88,6 @@ def check_request(config: EvaluationConfig) -> tuple[ModelFiles, Plan, list[Scor
     check_writable(config)
     _check_files(config)
     files = usable_model(config)
-    if files.tokenizer is None:
-        raise UserError("model.path", files.folder, "has no tokenizer, and tasks are texts")
-    files = files.dated(_DAY)
     plan = make_plan(config, files)
     if config.output.path:
         check_free(samples_path(config.output.path))
@@ -110,8 +102,10 @@ def run_rank(config: EvaluationConfig, phases: Any) -> None:
     first = ranks.transports[0].rank == 0
     if first:
         _say_plan(config, plan, jobs)
-    runtime = _runtime(config, files, plan, ranks, why, before) if jobs else None
     with closing(SampleLog(config, before)) if first else nullcontext() as samples:
+        runtime = _runtime(config, files, plan, ranks, why, before) if jobs else None
+        if samples:
+            samples.begin()
         if runtime is not None:
             with choices_unsaid(), work_bar("evaluate", work_of(jobs), shown=first) as bar:
                 add = samples.add if samples else lambda line: None

@@ -91,7 +91,7 @@ def _scored(path: str, number: int, text: str) -> Scored:
 
 def _check_samples(config: EvaluationConfig, plan: Plan, lines: Sequence[Scored]) -> None:
     """The first sample of each cell tells whether words and tokenizer are the same, too."""
-    if any(line.template not in (None, plan.template) for line in lines):
+    if any(line.template not in (None, plan.files.prompt.digest) for line in lines):
         why = "has samples with another chat template; give another output.path"
         raise UserError("output.path", config.output.path, why)
     digests = {line.key[:4]: line.digest for line in lines}
@@ -131,11 +131,14 @@ class SampleLog:
     """Keeps scored samples, in a file if there is one; rank 0 has it."""
 
     def __init__(self, config: EvaluationConfig, before: list[Scored]):
-        self.lines, self._file = [*before], None
-        path = config.output.path
-        if path is not None:
-            self._file = LineLog(samples_path(path), len(before))
-            write_config(config, path)
+        self.lines, self._file, self._config = [*before], None, config
+        if config.output.path is not None:
+            self._file = LineLog(samples_path(config.output.path), len(before))
+
+    def begin(self) -> None:
+        """Say beside the file how its samples are made, before the first is."""
+        if self._config.output.path is not None:
+            write_config(self._config, self._config.output.path)
 
     def close(self) -> None:
         """Other runs may add to the file."""

@@ -57,14 +57,14 @@ class Measurement:
         """All jobs; each sample is made once, and encoded once for each contender."""
         if jobs:
             first = self._plan.sample(jobs[0][0], 0)  # which was made before, to check it
-            ids, _ = prompt_ids(self._runtime.files, first.prompt)
+            ids, _ = prompt_ids(self._plan.files, first.prompt)
             self._runtime.encode(ids[:_WARM_UP_TOKENS], strategy=self._plan.contenders[0].exact)
         for cell, number, left in jobs:
             made = self._made(cell, number)
             if made is None:
                 continue
             sample, strategies = made
-            context, query = prompt_ids(self._runtime.files, sample.prompt)
+            context, query = prompt_ids(self._plan.files, sample.prompt)
             for contender in left:
                 strategy = strategies[contender.label]
                 document = self._encode(cell, contender.label, strategy, context, len(query))
@@ -79,7 +79,7 @@ class Measurement:
         """
         try:
             sample = self._plan.sample(cell, number)
-            tokens = len(prompt_ids(self._runtime.files, sample.prompt)[0])
+            tokens = len(prompt_ids(self._plan.files, sample.prompt)[0])
             return sample, {star.label: star.strategy(tokens) for star in self._plan.contenders}
         except UserError as error:
             where = f"{cell.task.name} {cell.length:,}"
@@ -142,5 +142,5 @@ class Measurement:
             **runtime_fields(self._runtime),
             text_sha256=sample.text_sha256,
             fingerprint=self._fingerprint,
-            template=self._plan.template,
+            template=self._plan.files.prompt.digest,
         )

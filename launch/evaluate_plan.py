@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from fnmatch import filter as matching
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from ringstar.evaluation.qa import QuestionAnswering
 from ringstar.models import ModelFiles
 from ringstar.ranks import world_size_of
 
+# told to templates that print today's date: a run that goes on tomorrow has the same prompts
+_DAY = datetime(2025, 1, 1)
 _ALONE = f"{KEY}={NONE} evaluates exact alone"
 
 
@@ -53,14 +56,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every contender gets every sample; `sample` makes the same one on every rank."""
+    """Every contender gets every sample; `sample` makes the same one on every rank.
+
+    `files` make prompts: their day is always the same.
+    """
 
     contenders: list[Contender]
     cells: list[Cell]
     config: EvaluateConfig
     material: Material
+    files: ModelFiles
     count: CountTokens
-    template: str  # a digest of what the chat template puts around prompts
     notes: list[str]
 
     def numbers(self, cell: Cell) -> range:
@@ -90,6 +96,9 @@ class Plan:
 
 def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
     """Read and check the whole input; raises UserError."""
+    if files.tokenizer is None:
+        raise UserError("model.path", files.folder, "has no tokenizer, and tasks are texts")
+    files = files.dated(_DAY)
     check_packages()
     given = config.evaluate
     world = config.launch.nproc or world_size_of(config.transport)
@@ -106,8 +115,7 @@ def make_plan(config: EvaluationConfig, files: ModelFiles) -> Plan:
     ]
     material, notes = read_material(given), [f"exact side: {why}"]
     notes.extend(_few_questions(tasks, material, given.samples))
-    count, template = token_counter(files), files.prompt.digest
-    plan = Plan(every, cells, given, material, count, template, notes)
+    plan = Plan(every, cells, given, material, files, token_counter(files), notes)
     for cell in cells:
         _check_cell(config, files, world, plan, cell)
     return plan

@@ -68,7 +68,7 @@ class RingstarLM(TemplateLM):
         query_tokens: tokens at the end of a context that every rank reads, with exact attention to
             all before them; 1 unless given, for star 256.
         add_bos_token: whether texts get special tokens; as the tokenizer has it unless given.
-        device: none may be named: the transport says where ranks compute.
+        device: lm-eval's own choice, which means nothing here: the transport says where.
         seed: of sampled answers; each request of a task has one of its own, made of this.
         options: of `LongContext.from_pretrained`, such as `strategy`, `transport`, `world_size`.
 
@@ -94,8 +94,6 @@ class RingstarLM(TemplateLM):
         super().__init__()
         if (runtime is None) == (pretrained is None):
             raise UserError("pretrained", pretrained, "needed: a model's folder, or a runtime")
-        if device is not None:
-            raise UserError("device", device, "each rank has its own, by the transport; drop it")
         self.runtime = runtime or LongContext.from_pretrained(str(pretrained), **options)
         if self.runtime.files.tokenizer is None:
             raise UserError("pretrained", pretrained, "has no tokenizer, and tasks are text")
@@ -110,6 +108,8 @@ class RingstarLM(TemplateLM):
         self.query_tokens = query_tokens or (STAR_QUERY_TOKENS if star else 1)
         self._add_bos_token, self._seed = add_bos_token, seed
         self._warned: set[str] = set()
+        if device is not None:
+            self._warn(f"device={device} is not asked: each rank has its own, by the transport")
         penalty = self.runtime.files.repetition_penalty()
         if penalty != 1.0:
             self._warn(

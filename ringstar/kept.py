@@ -115,7 +115,8 @@ def encode_kept(
     """`LongContext.encode_kept`, of token ids that fit."""
     unfinished = f"{folder.rstrip('/')}.unfinished"
     length = max(length, len(ids))
-    made, seconds = _unfinished(runtime, unfinished, ids, length), 0.0
+    made = _unfinished(runtime, unfinished, ids, length)
+    seconds, sent = 0.0, [0] * runtime.world_size
     piece = checkpoint_every * runtime.config.encode.chunk_tokens * runtime.world_size
     done = made.tokens if made else 0
     for start in range(done, len(ids), piece):
@@ -128,10 +129,11 @@ def encode_kept(
             before = read_manifest("document.save", unfinished)[1]
             made = runtime.append(made, part, report)
         seconds += made.encode_s
+        sent = [sum(pair) for pair in zip(sent, made.metrics.bytes_sent, strict=True)]
         write(runtime, made, unfinished, before)
     assert made is not None
     _take_over(runtime, made, unfinished, folder)
-    whole = replace(made, encode_s=seconds)
+    whole = replace(made, encode_s=seconds, metrics=replace(made.metrics, bytes_sent=sent))
     runtime.shelf.remove(made)  # or a question would make room by what it is about
     runtime.shelf.add(whole)
     return whole

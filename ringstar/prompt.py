@@ -13,7 +13,7 @@ from ringstar.errors import UserError
 
 SEPARATOR = "\n\n"
 # as templates ask for the date: transformers goes by the clock
-_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_TODAY = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)

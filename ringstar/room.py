@@ -60,13 +60,13 @@ class Victims:
         Raises RuntimeError if ranks do not have the same texts; Refusal, before it goes on any
         rank, if one of them has no place for it.
         """
-        here, _ = self._found
+        here, aside = self._found
         first = here[0] if here else None
         mine = [first.shard.tokens, first.held] if first else [0, False]
-        tokens, held = gather_integers(transport, mine)
+        tokens, held, others = gather_integers(transport, [*mine, len(aside)])
         if first is None or not all(tokens):
             return False
-        if len(set(tokens)) > 1:
+        if len(set(tokens)) > 1 or (self._keeps and len(set(others)) > 1):
             raise RuntimeError("ranks have different documents: each must make the same calls")
         del here[0]
         if self._place is None or not any(held):

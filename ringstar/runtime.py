@@ -182,7 +182,7 @@ class LongContext:
         made, why = make_ranks(config.transport)
         try:
             return cls(config, files, made, why)
-        except BaseException:
+        except UserError:  # the same on every rank
             for transport in made.transports:
                 transport.close()
             raise

@@ -110,5 +110,7 @@ def _to_host(tensor: Tensor) -> Tensor:
     try:
         room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     except RuntimeError as error:  # as CUDA says that the host has no more
+        if "out of memory" not in str(error):
+            raise
         raise OSError(errno.ENOMEM, str(error)) from error
     return room.copy_(tensor)

@@ -116,6 +116,16 @@ def test_a_kept_document_makes_no_room_for_a_question_about_itself(tmp_path):
     assert not ring.shelf.victims()
 
 
+def test_what_was_sent_is_that_of_all_parts(tmp_path):
+    ring = runtime(tiny_folder("llama"))
+    before = [transport.counters.bytes_sent for transport in ring.ranks.transports]
+    document = ring.encode_kept(IDS, str(tmp_path / "kept"), 1)
+    after = [transport.counters.bytes_sent for transport in ring.ranks.transports]
+    assert document.metrics.bytes_sent == [b - a for a, b in zip(before, after, strict=True)]
+    answer = ring.ask(document, QUESTION, max_new_tokens=2)
+    assert answer.metrics.bytes_sent == [t.counters.bytes_sent for t in ring.ranks.transports]
+
+
 def test_progress_is_over_the_whole_and_goes_on(tmp_path):
     ring, shares = runtime(tiny_folder("llama"), 2), []
     interrupted(ring, tmp_path / "kept", parts=5)

@@ -133,8 +133,12 @@ def test_a_layout_is_of_the_ring():
 def test_a_model_that_does_not_load_leaves_no_ranks(monkeypatch):
     closed = []
     monkeypatch.setattr(ThreadTransport, "close", lambda transport: closed.append(transport.rank))
-    monkeypatch.setattr(ModelFiles, "load", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def load(*_):
+        raise UserError("model.path", "x", "lacks weights")
+
+    monkeypatch.setattr(ModelFiles, "load", load)
+    with pytest.raises(UserError, match="lacks weights"):
         runtime()
     assert closed == [0, 1]
 
