@@ -98,8 +98,8 @@ def report(options: Sequence[str], command: str, folder: Path) -> None:
     path = folder / f"{where['date']}-ruler"
     content = {"circumstances": where, **result_of(config, files, plan, found)}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(document(plan, found, where, files.folder.name))
-    path.with_suffix(".png").write_bytes(draw(plan, of_tasks, files.folder.name))
+    path.with_suffix(".md").write_text(document(plan, found, where, files.name))
+    path.with_suffix(".png").write_bytes(draw(plan, of_tasks, files.name))
     print(f"written: {path}.json, .md and .png")
 
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # the imports below take seconds
     quiet_interrupts()
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from launch.progress import encode_bar
 from launch.ranks import join_launcher, start_ranks
 from launch.start import begin_rank, check_launch, run_program
 from ringstar.config import Config, RingConfig, StarConfig, StrategyConfig
+from ringstar.errors import UserError
 from ringstar.models import ModelFiles, choose_dtype, find_model, quiet_transformers
 from ringstar.models.one_device import OneDevice, PlainAnswer
 from ringstar.ranks import make_ranks, under_torchrun
@@ -46,6 +48,7 @@ from ringstar.runtime import LongContext
 TOKENS = 6000
 DEFAULTS = ("model=smollm2", "model.dtype=float32", "generation.max_new_tokens=24")
 MIB = 1024**2
+_OWN = ("document", "question", "question_path", "output")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print((__doc__ or "").strip())
         return DONE
-    reporter = Reporter()
+    reporter = Reporter(int(os.environ.get("RANK", "0")))
     return exit_status(lambda: _run(arguments, reporter), reporter)
 
 
@@ -61,12 +64,15 @@ def _run(arguments: Sequence[str], reporter: Reporter) -> int:
     quiet_transformers()
     if under_torchrun():
         config = parse(arguments)
+        reporter.show_traceback = config.launch.traceback
         reporter.store = join_launcher(config.launch.report or "")
         _answer_as_rank(config, reporter.store)
         return DONE
+    _check_options(arguments)
     gpus = torch.cuda.device_count()
     options = _with_defaults(arguments, [f"launch.nproc={gpus if gpus > 1 else 4}", *DEFAULTS])
     config = parse(options)
+    reporter.show_traceback = config.launch.traceback
     check_launch(config)
     _say(f"model: {config.model.path or config.model.name} (the first time it is converted once)")
     files = find_model(config.model, config.rope)
@@ -85,6 +91,18 @@ def _run(arguments: Sequence[str], reporter: Reporter) -> int:
         logits = load_file(Path(folder) / "logits.safetensors")
     plain = _plain_answers(config, files, request)
     return _compare(files, answers, logits, plain)
+
+
+def _check_options(arguments: Sequence[str]) -> None:
+    """Raise UserError for what the demo has itself."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        section = key.partition(".")[0]
+        if (key, value) == ("transport", "threads"):
+            raise UserError(key, value, "the demo's ranks are processes; drop it")
+        if section in _OWN or (section == "generation" and key != "generation.max_new_tokens"):
+            why = "the demo has its own; python -m launch.generate takes yours"
+            raise UserError(key, value, why)
 
 
 def _with_defaults(arguments: Sequence[str], defaults: Sequence[str]) -> list[str]:

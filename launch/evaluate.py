@@ -188,7 +188,7 @@ def _report(
     parts = ((of_tasks, "tasks"), (by_depth, "one needle by depth"))
     for path, (rows, what) in zip(pictures, parts, strict=True):
         if rows:
-            title = f"{files.folder.name}: {what}"
+            title = f"{files.name}: {what}"
             write_file("evaluate.picture", path, draw(plan, rows, title))
 
 

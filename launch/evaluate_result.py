@@ -120,7 +120,7 @@ def result_of(
         if (mean := ruler_mean(found, length, star.label))
     ]
     return {
-        "model": files.folder.name,
+        "model": files.name,
         "prompt": files.prompt.source,
         "seed": config.evaluate.seed,
         "confidence": CONFIDENCE,

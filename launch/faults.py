@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from torch.distributed import Store
@@ -45,7 +46,8 @@ class Reporter:
 def say_line(line: str) -> None:
     """One line for people on standard error, clear of a progress bar that was under way."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print(f"{clear}ringstar: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads any more
+        print(f"{clear}ringstar: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
 
 
 def exit_status(main: Callable[[], int], reporter: Reporter) -> int:

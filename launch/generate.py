@@ -16,7 +16,6 @@ if __name__ == "__main__":  # the imports below take seconds
     quiet_interrupts()
 
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +33,8 @@ from ringstar.config import Config
 from ringstar.models import ModelFiles
 from ringstar.ranks import make_ranks
 from ringstar.runtime import Document, LongContext
+
+log = logging.getLogger("ringstar")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,13 +61,13 @@ def run_rank(config: Config, phases: Any) -> None:
     files, request = check_request(config)
     runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     if runtime.rank == 0 and config.document.ids_path is None:
-        logging.getLogger("ringstar").info(f"prompt split by {files.prompt.source}")
+        log.info(f"prompt split by {files.prompt.source}")
     document = encoded_document(config, runtime, request)
     answer = runtime.ask(document, request.query_ids, on_text=print_piece)
     if runtime.rank == 0:
         print_piece("\n" if files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
         result = result_of(runtime, document, answer)
-        _print_summary(result)
+        _say_summary(result, loaded=config.document.load is not None)
         write_result(config, result)
         write_logits(config, answer.first_logits)
     runtime.close()
@@ -97,14 +98,13 @@ def result_of(runtime: LongContext, document: Document, answer: Answer) -> dict[
     }
 
 
-def _print_summary(result: dict[str, Any]) -> None:
-    mib = 1024**2
-    print(
-        f"ringstar: {result['context_tokens']:,} tokens encoded in {result['encode_s']:.2f} s,"
+def _say_summary(result: dict[str, Any], *, loaded: bool) -> None:
+    mib, done = 1024**2, "loaded" if loaded else "encoded"
+    log.info(
+        f"{result['context_tokens']:,} tokens {done} in {result['encode_s']:.2f} s,"
         f" first token after {result['ttft_s']:.2f} s, then {1000 * result['tpot_s']:.0f} ms each;"
         f" per rank at most {max(result['kv_bytes']) / mib:.1f} MiB of KV"
-        f" and {max(result['bytes_sent']) / mib:.1f} MiB sent",
-        file=sys.stderr,
+        f" and {max(result['bytes_sent']) / mib:.1f} MiB sent"
     )
 
 

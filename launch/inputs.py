@@ -241,8 +241,11 @@ def check_one_reader(config: Config) -> None:
 
 def _is_stream(path: str) -> bool:
     """Whether it can be read only once: standard input, or a pipe with a name."""
-    file = Path(path).expanduser()
-    return path == STDIN or (file.exists() and not file.is_file() and not file.is_dir())
+    try:
+        file = Path(path).expanduser()
+        return path == STDIN or (file.exists() and not file.is_file() and not file.is_dir())
+    except (OSError, ValueError, RuntimeError):  # who reads it says what is wrong
+        return False
 
 
 def _read_bytes(key: str, path: str) -> bytes:

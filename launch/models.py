@@ -15,10 +15,14 @@ Status: 0 all are exact, 1 some are not.
 
 from __future__ import annotations
 
+from launch.interrupts import quiet_interrupts
+
+if __name__ == "__main__":  # the imports below take seconds
+    quiet_interrupts()
+
 import argparse
 import json
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from launch.faults import Reporter, exit_status
+from launch.start import run_program
 from ringstar.config import CacheConfig, RingConfig, StarConfig, StrategyConfig
 from ringstar.models import SUPPORTED, TINY, features, quiet_transformers, save_tiny
 from ringstar.models.one_device import OneDevice
@@ -63,16 +69,28 @@ class Verdict:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
+    return exit_status(lambda: _judge_all(parser, given), Reporter())
+
+
+def _judge_all(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     if given.write and given.family:
         parser.error("--write takes all families: name none")
     quiet_transformers()
     logging.getLogger("ringstar").setLevel(logging.WARNING)
     families = given.family or sorted(TINY)
-    verdicts = list(tqdm(map(judge, families), total=len(families), unit="family"))
+    verdicts = list(tqdm(map(_judge, families), total=len(families), unit="family"))
     Console().print(_table(verdicts))
     if given.write:
         _write(verdicts)
     return 0 if all(verdict.exact for verdict in verdicts) else 1
+
+
+def _judge(family: str) -> Verdict:
+    try:
+        return judge(family)
+    except Exception as error:
+        error.add_note(f"family {family}")
+        raise
 
 
 @torch.inference_mode()
@@ -175,4 +193,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -142,7 +142,10 @@ def _config(nproc: int) -> LaunchConfig:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # leaves no folder behind
         # Ctrl-C interrupts us and ends the ranks by SIGTERM: they need not be in Python for it
-        signals_to_handle=",".join(signal.Signals(number).name for number in _HANDLED),
+        # what is ignored, as by nohup, stays so
+        signals_to_handle=",".join(
+            number.name for number in _HANDLED if signal.getsignal(number) is not signal.SIG_IGN
+        ),
     )
 
 

@@ -136,7 +136,7 @@ def _score_document(config: ScoreConfig, runtime: LongContext, plan: Plan) -> No
 def _draw(config: ScoreConfig, runtime: LongContext, score: Score) -> None:
     path = picture_path(config.score.picture, config.output.path)
     if path is not None:
-        name = f"{runtime.files.folder.name}, {config.strategy.name}"
+        name = f"{runtime.files.name}, {config.strategy.name}"
         write_file("score.picture", path, draw(name, score, config.score.pieces))
     elif config.output.path is not None:
         log.info(f"no picture: {NO_MATPLOTLIB}")

@@ -14,7 +14,7 @@ import torch
 from launch.faults import DONE, Reporter, exit_status, leave
 from launch.inputs import standard_input_kept
 from launch.ranks import join_launcher, start_ranks
-from launch.streams import print_every_letter, show_choices
+from launch.streams import open_streams, print_every_letter, show_choices
 from ringstar.config import Config
 from ringstar.errors import UserError
 from ringstar.ranks import check_gpus, check_ranks, check_strategy, under_torchrun
@@ -67,6 +67,7 @@ def run_program(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Make `main` the whole of this process, which ends with the status that it returns."""
     if not under_torchrun():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_streams()
     torch.set_grad_enabled(False)
     leave(main(sys.argv[1:]))
 

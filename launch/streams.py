@@ -38,8 +38,15 @@ def print_every_letter() -> None:
 
 
 def print_piece(piece: str) -> None:
-    """Print at once; a pipe that nobody reads any more ends no run."""
+    """Print at once; a pipe that nobody reads any more, or a disk that is full, ends no run."""
     try:
         print(piece, end="", flush=True)
-    except BrokenPipeError:  # nobody reads any more; the result is still made and written
+    except OSError:  # the result is still made and written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_streams() -> None:
+    """Streams that were closed from outside lead nowhere, and what is read there is empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process

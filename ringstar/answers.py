@@ -111,7 +111,9 @@ class TextStream:
         piece = self._next_piece()
         if piece.endswith("\ufffd"):
             return False
-        self._context, self._decoded = self._decoded, len(self._ids)
+        if piece:  # what is not shown, as a special token, must not stand first
+            self._context = self._decoded
+        self._decoded = len(self._ids)
         return self._take(piece)
 
     def finish(self) -> str:

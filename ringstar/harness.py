@@ -110,12 +110,6 @@ class RingstarLM(TemplateLM):
         self._warned: set[str] = set()
         if device is not None:
             self._warn(f"device={device} is not asked: each rank has its own, by the transport")
-        penalty = self.runtime.files.repetition_penalty()
-        if penalty != 1.0:
-            self._warn(
-                f"generation_config.json asks for repetition_penalty={penalty}: there is none here,"
-                " so that answers differ from those of lm-eval's own backend"
-            )
 
     def _warn(self, line: str) -> None:
         """Once, on rank 0."""

@@ -24,6 +24,8 @@ class PromptFormat:
     after_question: str
     source: str
     add_special_tokens: bool
+    # whether the template drops the white space at both ends of a message
+    trims: bool = False
     # from the end of an answer to the next question; None: the template has no second turn
     between_turns: str | None = None
 
@@ -35,14 +37,15 @@ class PromptFormat:
 
     def context_ids(self, tokenizer: Any, document: str) -> list[int]:
         """Token ids of everything up to the end of the document."""
-        text = self.before_document + document
+        text = self.before_document + (document.lstrip() if self.trims else document)
         if self.add_special_tokens:
             return opening_ids(tokenizer, text)
         return tokenizer.encode(text, add_special_tokens=False)
 
     def query_ids(self, tokenizer: Any, question: str) -> list[int]:
         """Token ids of everything from the end of the document to where the answer begins."""
-        return continuing_ids(tokenizer, SEPARATOR + question + self.after_question)
+        asked = question.rstrip() if self.trims else question
+        return continuing_ids(tokenizer, SEPARATOR + asked + self.after_question)
 
     def next_query_ids(self, tokenizer: Any, question: str) -> list[int]:
         """Token ids from the end of an answer to where the next one begins.
@@ -52,7 +55,8 @@ class PromptFormat:
         """
         if self.between_turns is None:
             raise UserError("model.path", None, "its chat template has no second turn")
-        return continuing_ids(tokenizer, self.between_turns + question + self.after_question)
+        asked = question.strip() if self.trims else question
+        return continuing_ids(tokenizer, self.between_turns + asked + self.after_question)
 
 
 def opening_ids(tokenizer: Any, text: str) -> list[int]:
@@ -64,11 +68,12 @@ def opening_ids(tokenizer: Any, text: str) -> list[int]:
 
 def continuing_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text that follows another."""
-    # behind a letter, because some tokenizers put a space before what begins a text
-    before = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a" + text, add_special_tokens=False)
-    if whole[: len(before)] == before:
-        return whole[len(before) :]
+    # behind something, because some tokenizers put a space before what begins a text
+    for something in ("a", "0", "\n", ")"):  # one that does not join with it
+        before = tokenizer.encode(something, add_special_tokens=False)
+        whole = tokenizer.encode(something + text, add_special_tokens=False)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -83,28 +88,36 @@ def prompt_format(tokenizer: Any, day: datetime | None = None) -> PromptFormat:
     """
     if not getattr(tokenizer, "chat_template", None):
         plain = "no chat template: plain question and answer"
-        return PromptFormat("", "\nAnswer:", plain, True, SEPARATOR)
+        return PromptFormat("", "\nAnswer:", plain, True, between_turns=SEPARATOR)
     document, question = (uuid.uuid4().hex for _ in range(2))
     message = document + SEPARATOR + question
+    spaced = f" \n{message} \n"
     try:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=_dated(tokenizer.get_chat_template(), day) if day else None,
+        template = _dated(tokenizer.get_chat_template(), day) if day else None
+        rendered, with_space = (
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=True,
+                chat_template=template,
+            )
+            for content in (message, spaced)
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError("model.path", None, f"its chat template fails: {reason}") from error
     before, _, after = rendered.partition(message)
     around = before + after
-    if message not in rendered or any(part[:8] in around for part in (document, question)):
+    trims = with_space == before + message + after
+    changed = not trims and with_space != before + spaced + after
+    changed = changed or any(part[:8] in around for part in (document, question))
+    if message not in rendered or changed:
         raise UserError(
             "model.path", None, "its chat template changes the message; give document.ids_path"
         )
     # the template writes its own beginning-of-text token
     between = _between_turns(tokenizer)
-    return PromptFormat(before, after, "the model's chat template", False, between)
+    return PromptFormat(before, after, "the model's chat template", False, trims, between)
 
 
 def _dated(template: str, day: datetime) -> str:

@@ -94,6 +94,12 @@ class LongContext:
                 f"rope.scaling={kind} by {factor:g} changes the model: it no longer computes what"
                 f" its config says, and takes up to {files.max_positions:,} positions"
             )
+        unheard = files.changes_to_logits()
+        if unheard and self.rank == 0:
+            log.warning(
+                f"generation_config.json asks for {', '.join(unheard)}: there is none here, so that"
+                " answers may differ from those of Hugging Face's own generate"
+            )
         for transport in ranks.transports:
             transport.publish("load")
         model = files.load(config.model, dtype, first.device, precision)

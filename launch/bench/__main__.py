@@ -45,7 +45,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch.bench.against import changes, read_earlier
+from launch.bench.against import changes, lost, read_earlier
 from launch.bench.attention import OURS
 from launch.bench.cells import AttentionTimes, Line, LineReader, Measured
 from launch.bench.children import check_world, children
@@ -132,11 +132,16 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
                 bar.clear()
                 status = start_ranks(child.module, child.arguments, child.nproc)
                 if status >= ENDED:
-                    return status
+                    worst = status
+                    break
                 if status != DONE and child.peer:
                     log.info(f"{child.module} ended so; the others go on")
                 elif status != DONE:  # it was said which rank, and why
                     worst = worst or status
+    if worst >= ENDED:
+        with suppress(Exception):  # what is done is not lost
+            report.finish(reader.lines)
+        return worst
     measured = {line.key for line in reader.lines if isinstance(line, AttentionTimes)}
     if any(key[0] == OURS and key not in measured for key in plan.attention()):
         worst = worst or FAULT
@@ -183,6 +188,11 @@ class Report:
             write_file("bench.picture", path, draw(result))
         if self._earlier is not None and not found:
             raise Fault("nothing could be compared: no cell was measured alike both times")
+        gone = lost(self._plan, result, self._earlier) if self._earlier is not None else []
+        if gone:
+            who, world, length, batch = gone[0]
+            cell = f"{who}, {world} ranks, {length:,} tokens, batch {batch}"
+            raise Fault(f"{len(gone)} cells had times before, and have none now: first {cell}")
         slower = sum(change.times > 1 + config.bench.tolerance for change in found)
         if slower:
             share = f"{config.bench.tolerance:.0%} (bench.tolerance)"

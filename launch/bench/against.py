@@ -47,12 +47,13 @@ def read_earlier(plan: Plan, files: ModelFiles) -> dict[str, Any] | None:
         beside = [found[name] for name in ("model", "dtype", "new_tokens", "question_tokens")]
         device = found["device"]
         assert all(row.keys() >= {"transport", *_SHOWN} for row in then.values())
-    except (OSError, ValueError) as error:
+        assert all(row[name] > 0 for row in then.values() for name in _SHOWN)
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(_KEY, path, f"cannot be read: {error}") from error
     except (TypeError, KeyError, AssertionError) as error:
         raise UserError(_KEY, path, "is no result of launch.bench (its output.path)") from error
     dtype, _ = choose_dtype(plan.config.model, files.config, own_device())
-    here = [files.folder.name, str(dtype).removeprefix("torch."), bench.new_tokens]
+    here = [files.name, str(dtype).removeprefix("torch."), bench.new_tokens]
     for was, now in zip(beside, [*here, bench.question_tokens], strict=True):
         if was != now:
             raise UserError(_KEY, path, f"was measured with {was}, and this is with {now}")
@@ -75,6 +76,13 @@ def _check_common(plan: Plan, then: Mapping[Key, Row], absolute: bool) -> None:
         where = "on a CPU" if own_device().type == "cpu" else "on another GPU"
         who = ", ".join(REFERENCES)
         raise UserError(_KEY, path, f"{where} both need a peer with the same load: one of {who}")
+
+
+def lost(plan: Plan, now: Mapping[str, Any], then: Mapping[str, Any]) -> list[Key]:
+    """Cells of ours that had times before, and now have none."""
+    every = {(who, world, load.length, load.batch) for who, world, load in plan.cells()}
+    gone = every & by_key(then).keys() - by_key(now).keys()
+    return sorted(key for key in gone if key[0] not in REFERENCES)
 
 
 def changes(now: dict[str, Any], then: dict[str, Any]) -> tuple[list[Change], str]:

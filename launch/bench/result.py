@@ -50,7 +50,7 @@ def result_of(
     options = asdict(config.bench)
     return {
         "circumstances": circumstances(shlex.join(["python", "-m", *command]), _PACKAGES),
-        "model": files.folder.name,
+        "model": files.name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         **{name: options[name] for name in _TOLD},

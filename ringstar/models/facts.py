@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringstar.models.families import BY_LENGTH, rope_types
+from ringstar.models.families import BY_LENGTH, rope_by_kind, rope_types
 
 # their layers take the window whatever `layer_types` says
 _ALL_SLIDE = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")
@@ -41,9 +41,13 @@ class ModelFacts:
     @property
     def rope_jumps_after(self) -> int | None:
         """The length of text after which all rotary frequencies are others (longrope)."""
-        if "longrope" not in rope_types(self.config):
-            return None
-        return self.config.rope_parameters["original_max_position_embeddings"]
+        kinds = rope_by_kind(self.config).values()
+        jumps = [
+            each["original_max_position_embeddings"]
+            for each in kinds
+            if each.get("rope_type") == "longrope"
+        ]
+        return min(jumps, default=None)
 
 
 def attention_heads(config: Any) -> tuple[int, int, int]:

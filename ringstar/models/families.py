@@ -48,6 +48,8 @@ _REASONS = {
     "zamba2": _RECURRENT,
 }
 
+_NO_WINDOWS = {"llama", "granite"}
+
 # rope whose frequencies depend on the length of the text
 BY_LENGTH = {"dynamic", "longrope"}
 ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -67,10 +69,31 @@ def check_family(path: str, config: Any, key: str = "model.path") -> None:
         if bool(getattr(config, name, causal)) is not causal:
             why = f"config.{name}={not causal}: its tokens see later ones; allowed: {causal}"
             raise UserError(key, path, why)
+    _check_windows(path, config, key)
     for rope in rope_types(config):
         if rope not in ROPE:
             allowed = ", ".join(ROPE)
             raise UserError(key, path, f"rope type {rope!r} is not supported; are: {allowed}")
+
+
+def _check_windows(path: str, config: Any, key: str) -> None:
+    """Raise UserError where a config's windows are not those of its layers."""
+    window, kind = getattr(config, "sliding_window", None), config.model_type
+    for name in ("sliding_window", "attention_chunk_size"):
+        value = getattr(config, name, None)
+        if value is not None and (kind in _NO_WINDOWS or name == "attention_chunk_size"):
+            why = (
+                f"config.{name}={value}: layers of {kind} have none, but Hugging Face's cache drops"
+                " what it would hide; allowed: null"
+            )
+            raise UserError(key, path, why)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if kind == "smollm3" and slides and window and not config.use_sliding_window:
+        why = (
+            "config.use_sliding_window=false with sliding_attention among layer_types: Hugging"
+            " Face's own attention functions differ about it; allowed: one or the other"
+        )
+        raise UserError(key, path, why)
 
 
 def features(config: Any) -> list[str]:

@@ -90,7 +90,9 @@ def _settings(model: Any, given: dict[str, Any]) -> Any:
 def check_call(arguments: dict[str, Any]) -> None:
     """Raise UserError for what a forward pass over ranks has no answer to."""
     for name, value in arguments.items():
-        if value is None or value is False or name in _FOR_STOPPING:
+        if value is None or (value is False and name != "is_causal") or name in _FOR_STOPPING:
+            continue
+        if name == "is_causal" and value is True:
             continue
         why = _ARGUMENTS.get(name) or "a model that is spread over ranks does not take it"
         raise UserError(name, type(value).__name__, why)

@@ -39,6 +39,22 @@ _LOADING = threading.Lock()
 FLOAT32_POSITIONS = 2**17
 _UP_TO = f"up to {FLOAT32_POSITIONS:,}"
 
+# what Hugging Face changes logits by, also where it is greedy, and what asks for nothing
+_CHANGES = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -54,6 +70,11 @@ class ModelFiles(ModelFacts):
     ):
         super().__init__(config, scaling)
         self.folder, self.gguf = folder, gguf
+
+    @property
+    def name(self) -> str:
+        """What people call it: the GGUF file, or the folder."""
+        return self.gguf or self.folder.absolute().name
 
     @property
     def quantised(self) -> str | None:
@@ -110,7 +131,7 @@ class ModelFiles(ModelFacts):
         return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
 
     def end_tokens(self) -> frozenset[int]:
-        """Every token id that ends an answer, as Hugging Face's own generation takes them."""
+        """Every token id that ends an answer: generation_config.json's, else the config's."""
         own = None if self.gguf else self._generation_config().get("eos_token_id")
         ends = self.config.eos_token_id if own is None else own
         if ends is None:
@@ -118,10 +139,10 @@ class ModelFiles(ModelFacts):
         listed = ends if isinstance(ends, list) else [ends]
         return frozenset(token for token in listed if token is not None)
 
-    def repetition_penalty(self) -> float:
-        """What Hugging Face's own generation of this model divides logits by; 1 is nothing."""
+    def changes_to_logits(self) -> list[str]:
+        """What generation_config.json asks Hugging Face's own generation for, and not us."""
         own = {} if self.gguf else self._generation_config()
-        return float(own.get("repetition_penalty") or 1.0)
+        return [name for name, none in _CHANGES.items() if own.get(name) not in (None, none, [])]
 
     def _generation_config(self) -> dict[str, Any]:
         path = self.folder / "generation_config.json"
@@ -227,9 +248,7 @@ def find_model(settings: ModelConfig, rope: RopeConfig | None = None) -> ModelFi
         settings = replace(settings, path=str(smollm2_folder(settings.cache_dir)))
     if not settings.path:
         raise UserError("model.path", None, "missing: a local Hugging Face folder or a GGUF file")
-    path = Path(settings.path).expanduser()
-    if not path.exists():
-        raise UserError("model.path", settings.path, "no such file or folder")
+    path = _path_of(settings.path)
     gguf = path.name if path.is_file() else None
     if gguf and path.suffix != ".gguf":
         raise UserError("model.path", settings.path, "a file must be a .gguf; else give a folder")
@@ -251,6 +270,18 @@ def find_model(settings: ModelConfig, rope: RopeConfig | None = None) -> ModelFi
             files = sorted(folder.glob("*.safetensors"))
             config.dtype = stored_dtype(files[0]) if files else None
     return ModelFiles(folder, gguf, config, _scale(config, gguf, rope or RopeConfig()))
+
+
+def _path_of(given: str) -> Path:
+    """That of a model; UserError if there is none, or it may not be looked at."""
+    try:
+        path = Path(given).expanduser()
+        if path.exists():
+            return path
+        why = "no such file or folder"
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a ~name of nobody
+        why = f"cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+    raise UserError("model.path", given, why)
 
 
 def _scale(config: Any, gguf: str | None, rope: RopeConfig) -> tuple[str, float] | None:

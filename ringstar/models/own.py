@@ -32,4 +32,16 @@ def check_attachable(model: Any) -> ModelFacts:
         raise UserError("model", f"on {where}", "all weights must be on this rank's device")
     if getattr(model, "tp_size", None) not in (None, 1):
         raise UserError("model", f"tp_size={model.tp_size}", "weights must be whole on each rank")
-    return ModelFacts(config)
+    facts = ModelFacts(config)
+    _check_rope(model, facts)
+    return facts
+
+
+def _check_rope(model: Any, facts: ModelFacts) -> None:
+    """Frequencies that follow the length are made anew, as a model that was not cast has them."""
+    buffers = model.named_buffers() if facts.rope_by_length else ()
+    cast = {b.dtype for name, b in buffers if name.endswith("inv_freq") and b.dtype.itemsize < 4}
+    if cast:
+        what = f"rope in {str(cast.pop()).removeprefix('torch.')}"
+        why = "its frequencies were cast with the weights; load the model with dtype=... instead"
+        raise UserError("model", what, why)

@@ -28,8 +28,13 @@ def check_quantised(path: str, config: Any, key: str = "model.path") -> None:
     except Exception as error:
         why = f"weights quantised by {_method(stored)} cannot run here: {in_a_line(error)}"
         raise UserError(key, path, why) from error
-    rounds = _ROUNDS_ACTIVATIONS.get(_value(settings.quant_method))
-    if rounds and rounds(settings) and not _widened(settings):
+    if _widened(settings):
+        return
+    method = _value(settings.quant_method)
+    if method not in _ROUNDS_ACTIVATIONS:
+        why = f"weights quantised by {method}, which was not shown to round weights alone"
+        raise UserError(key, path, why)
+    if _ROUNDS_ACTIVATIONS[method](settings):
         raise UserError(
             key,
             path,
@@ -97,7 +102,9 @@ def _torchao_kinds(settings: Any) -> list[Any]:
     """The kinds of all layers, or of each layer that is named (FqnToConfig)."""
     kind = settings.quant_type
     by_layer = getattr(kind, "fqn_to_config", {"": kind})
-    return [each for each in by_layer.values() if each is not None]
+    given = [each for each in by_layer.values() if each is not None]
+    # AWQ and SmoothQuant say with another one what layers become
+    return [getattr(each, "base_config", None) or each for each in given]
 
 
 def _torchao_rounds(settings: Any) -> bool:
@@ -106,16 +113,46 @@ def _torchao_rounds(settings: Any) -> bool:
 
 
 def _compressed_rounds(settings: Any) -> bool:
-    groups = settings.quantization_config.config_groups.values()
-    return any(group.input_activations is not None for group in groups)
+    inner = settings.quantization_config
+    if inner is None:  # nothing is quantised, or it is not said what
+        return True
+    groups = inner.config_groups.values()
+    keeps_kv = getattr(inner, "kv_cache_scheme", None) is not None
+    return keeps_kv or any(group.input_activations is not None for group in groups)
 
 
-# methods that round activations, and with which settings
+def _always(settings: Any) -> bool:
+    return True
+
+
+def _never(settings: Any) -> bool:
+    return False
+
+
+# whether a method rounds activations, by its settings
 _ROUNDS_ACTIVATIONS: dict[str, Callable[[Any], bool]] = {
-    "bitnet": lambda settings: True,
+    "aqlm": _never,
+    "auto-round": _never,
+    "awq": _never,
+    "bitnet": _always,
     "bitsandbytes": lambda settings: settings.load_in_8bit,
     "compressed-tensors": _compressed_rounds,
-    "fbgemm_fp8": lambda settings: True,
-    "fp8": lambda settings: True,
+    "eetq": _never,
+    "fbgemm_fp8": _always,
+    "fouroversix": _always,
+    "fp8": _always,
+    "fp_quant": _always,
+    "gemma": _always,
+    "gptq": _never,
+    "higgs": _never,
+    "hqq": _never,
+    "metal": _never,
+    "mxfp4": _never,
+    "mxfp8": _always,
+    "nvfp4": _always,
+    "quanto": lambda settings: getattr(settings, "activations", None) is not None,
+    "sinq": _never,
+    "spqr": _never,
     "torchao": _torchao_rounds,
+    "vptq": _never,
 }

@@ -117,8 +117,8 @@ def remove_saved(transport: Transport, folder: Path) -> None:
 
 def check_place(key: str, folder: str) -> None:
     """Raise UserError, naming `key`, for a folder that a document could not be saved to."""
-    path = Path(folder).expanduser().absolute()
     try:
+        path = Path(folder).expanduser().absolute()
         if path.exists():
             _check_content(path)
         # ranks ask at the same time, so that nothing is made or left that another could take for
@@ -130,6 +130,8 @@ def check_place(key: str, folder: str) -> None:
         code = error.errno or errno.EIO
         why = _in_words(0, code, 0) if code == _FOREIGN else os.strerror(code).lower()
         raise UserError(key, folder, why) from error
+    except RuntimeError as error:  # a ~name of nobody
+        raise UserError(key, folder, str(error).lower()) from error
 
 
 def _tensors(shard: TextShard, owned: Runs, ids: Sequence[int]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import launch.demo
 import launch.generate
-from tests.support.commands import python
+from tests.support.commands import environment, python
 from tests.support.models import LONGROPE, tiny_folder
 
 COMMAND = launch.generate
@@ -559,6 +561,47 @@ def test_output_that_cannot_be_written(refused, tmp_path, chat, key, start):
     says(refused(*ask(chat), f"{key}=~nobody-of-that-name/x"), key)
     says(refused(*ask(chat), f"{key}=/dev/null"), "not a regular file")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "file"]  # nothing left behind
+
+
+@pytest.mark.parametrize("start", [[], ["launch.nproc=2"]])
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("document.path", "~nobody-of-that-name/x", "cannot be read"),
+        ("document.path", "n" * 300, "cannot be read: file name too long"),
+        ("model.path", "~nobody-of-that-name/x", "cannot be read"),
+        ("model.path", "n" * 300, "cannot be read: file name too long"),
+        ("document.load", "~nobody-of-that-name/x", "could not determine home"),
+        ("document.save", "~nobody-of-that-name/x", "could not determine home"),
+    ],
+)
+def test_names_that_no_file_can_have(refused, chat, key, value, why, start):
+    given = {"model.path": chat, "document.path": __file__, key: value}
+    if key == "document.load":
+        del given["document.path"]
+    options = [f"{name}={path}" for name, path in given.items()]
+    says(refused(*options, QUESTION, *start).lower(), f"{key}=", why)
+
+
+def test_a_disk_that_is_full_or_a_stream_that_is_closed_ends_no_run():
+    """Standard output on /dev/full; no standard streams at all."""
+    write = "from launch.streams import print_piece as p; p('a'); p('b'); print('end')"
+    with Path("/dev/full").open("w") as full:
+        subprocess.run([sys.executable, "-c", write], stdout=full, check=True, env=environment())
+    closed = (
+        "import os, sys; sys.stdin = sys.stdout = sys.stderr = None;"
+        "from launch.streams import open_streams; open_streams();"
+        "assert sys.stdin.read() == '' and not sys.stdout.isatty(); print('x', file=sys.stderr)"
+    )
+    subprocess.run([sys.executable, "-c", closed], check=True, env=environment())
+
+
+def test_the_demo_has_its_own_document(capsys):
+    for argument in ("document.path=x", "question=Who?", "output.path=r", "generation.seed=1"):
+        assert launch.demo.main([argument]) == 2
+        assert "the demo has its own" in capsys.readouterr().err
+    assert launch.demo.main(["transport=threads"]) == 2
+    assert "ranks are processes" in capsys.readouterr().err
 
 
 def test_outputs_that_would_overwrite_each_other(refused, tmp_path, chat):

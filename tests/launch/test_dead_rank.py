@@ -20,7 +20,7 @@ import psutil
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from launch.ranks import _quiet_threads, diagnose
+from launch.ranks import _config, _quiet_threads, diagnose
 from tests.support.chat import chat_folder
 
 pytestmark = pytest.mark.slow
@@ -247,6 +247,16 @@ def test_a_thread_caught_by_a_signal_while_it_starts_is_not_reported(monkeypatch
 
 def raising(error):
     raise error
+
+
+def test_what_is_ignored_stays_so():
+    """As SIGHUP under nohup: a closed terminal ends no run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert _config(2).signals_to_handle == "SIGTERM,SIGQUIT"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "SIGHUP" in _config(2).signals_to_handle
 
 
 # -- the cause among several failures, without processes ---------------------------------------

@@ -506,6 +506,7 @@ def test_what_cannot_be_is_refused_by_name(what, attached):
         ({"logits_to_keep": 41}, r"logits_to_keep=41: allowed: 1 to 40"),
         ({"logits_to_keep": torch.tensor([1])}, r"logits_to_keep=tensor"),
         ({"logits_to_keep": 1, "labels": prompt(40)}, r"labels=Tensor"),
+        ({"logits_to_keep": 1, "is_causal": False}, r"is_causal=bool"),
         ({"logits_to_keep": 1, "input_ids": torch.tensor([[97]])}, r"input_ids=97: token ids must"),
         ({"logits_to_keep": 1, "input_ids": torch.tensor([3])}, r"input_ids: allowed: token ids"),
     ],
@@ -555,6 +556,12 @@ def tiny(kind=AutoModelForCausalLM, training=False):
     return kind.from_pretrained(tiny_folder("llama")).train(training)
 
 
+def cast_longrope():
+    """Frequencies that the user's own model has rounded."""
+    folder = tiny_folder("phi3", **LONGROPE)
+    return AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -563,6 +570,7 @@ def tiny(kind=AutoModelForCausalLM, training=False):
         (lambda: tiny(training=True), {}, r"model=LlamaForCausalLM: is in training mode"),
         (lambda: torch.nn.Linear(2, 2), {}, r"model=Linear: needed is a Hugging Face causal"),
         (lambda: tiny().to("meta"), {}, r"model=on meta: all weights must be on this rank's"),
+        (lambda: cast_longrope(), {}, r"model=rope in bfloat16: .* cast with the weights"),
         (lambda: tiny().double(), {}, r"model\.dtype=float64: allowed: auto, float32"),
         (tiny, {"strategy": "dense"}, r"strategy=dense: runs on one rank, not 2"),
         (tiny, {"strategy": "moon"}, r"strategy=moon: allowed: dense, ring, star"),

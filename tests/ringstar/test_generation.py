@@ -125,6 +125,20 @@ def test_text_is_streamed_as_it_comes():
     assert (pieces, text) == (["a", "b", "c"], "abc")
 
 
+class Words:
+    """As SentencePiece decodes: a space before each word, but none at the beginning."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(f" {word}" for word in ids if word != "<special>")[1:]
+
+
+def test_a_special_token_leaves_the_space_behind_it():
+    stream = TextStream(Words(), (), None)
+    for word in ("one", "two", "<special>", "three"):
+        stream.add(word)
+    assert stream.finish() == "one two three"
+
+
 def test_unfinished_characters_are_held_back():
     pieces, text = shown("né€😀")
     assert pieces == ["n", "é", "€", "😀"]

@@ -5,6 +5,7 @@ What would be silently wrong is refused by name, also after a fault.
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from ringstar import CacheConfig, LongContext, UserError
 from ringstar.config import Config, GenerationConfig, ModelConfig, RingConfig
-from ringstar.models import ModelFiles, find_model
+from ringstar.models import ModelFacts, ModelFiles, find_model
 from ringstar.prompt import prompt_format
 from ringstar.sampling import NO_TOKEN, Sampler
 from seqpar import TransportError
 from seqpar.process import ProcessWorld
 from seqpar.threads import ThreadTransport
+from tests.support.chat import TEMPLATE, chat_folder
 from tests.support.models import expected, random_ids, tiny_folder
 from tests.support.ranks import in_processes
 from tests.support.runtime import simulated
@@ -124,6 +126,53 @@ def test_keys_that_are_not_finite_are_a_fault_where_they_are_rounded():
         ring.encode(random_ids(5))
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("llama", {"sliding_window": 64}, r"config\.sliding_window=64: layers of llama have none"),
+        ("qwen2", {"attention_chunk_size": 64}, r"config\.attention_chunk_size=64: layers of"),
+        (
+            "smollm3",
+            {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 9,
+                "use_sliding_window": False,
+            },
+            r"config\.use_sliding_window=false with sliding_attention",
+        ),
+    ],
+)
+def test_windows_that_are_no_layers_are_refused(family, changes, says, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_folder(family), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=says):
+        find_model(ModelConfig(path=str(folder)))
+
+
+def test_what_a_folder_asks_of_generation_and_there_is_not_is_said(tmp_path, caplog):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_folder("llama"), folder)
+    asked = {
+        "no_repeat_ngram_size": 3,
+        "repetition_penalty": 1.0,
+        "suppress_tokens": [],
+        "top_k": 5,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    simulated(str(folder), 2)
+    assert caplog.text.count("asks for no_repeat_ngram_size: there is none here") == 1
+
+
+def test_longrope_of_some_layers_alone():
+    """Where it jumps is said with them."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 80}
+    kinds = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    config = SimpleNamespace(rope_parameters=kinds)
+    assert ModelFacts(config).rope_jumps_after == 80
+
+
 def test_a_layout_is_of_the_ring():
     for strategy in ("star", RingConfig()):
         with pytest.raises(UserError, match=r"^layout=striped: is of strategy"):
@@ -160,11 +209,37 @@ class Template:
 
 @pytest.mark.parametrize(
     "render",
-    [str.upper, lambda text: text + text, lambda text: "", json.dumps, lambda t: f"{t[:10]} {t}"],
+    [
+        str.lstrip,
+        str.upper,
+        lambda text: text + text,
+        lambda text: "",
+        json.dumps,
+        lambda t: f"{t[:10]} {t}",
+    ],
 )
 def test_a_template_that_changes_the_message_is_refused(render):
     with pytest.raises(UserError, match="chat template changes the message"):
         prompt_format(Template(lambda text: f"<user>{render(text)}</user>"))
+
+
+def test_a_template_that_trims_gets_what_it_would_leave(tmp_path):
+    """As one device's chat has it, whatever stands at the ends of document and question."""
+    folder = tmp_path / "model"
+    shutil.copytree(chat_folder(), folder)
+    (folder / "chat_template.jinja").write_text(
+        TEMPLATE.replace("message['content']", "message['content'] | trim")
+    )
+    files = find_model(ModelConfig(path=str(folder)))
+    document, question = "\n\n The ship. \n", " Whose ship?\n "
+    message = {"role": "user", "content": f"{document}\n\n{question}"}
+    whole = files.tokenizer.apply_chat_template(
+        [message], tokenize=False, add_generation_prompt=True
+    )
+    ours = files.context_ids(document) + files.query_ids(question)
+    assert files.tokenizer.decode(ours) == whole
+    plain = find_model(ModelConfig(path=chat_folder()))
+    assert plain.tokenizer.decode(plain.context_ids(document)).endswith(document)
 
 
 def test_a_template_that_fails_is_refused():

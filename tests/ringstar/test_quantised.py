@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import ringstar
 import ringstar.models.load
+import ringstar.models.quantised as quantised_models
 from ringstar import UserError
 from ringstar.config import ModelConfig
 from ringstar.models import find_model
@@ -281,11 +283,28 @@ def fp8(to):
     return folder
 
 
-def test_another_method_that_rounds_activations(tmp_path):
-    method = {"quant_method": "bitnet"}
+@pytest.mark.parametrize("name", ["bitnet", "gemma"])
+def test_other_methods_that_round_activations(tmp_path, name):
+    method = {"quant_method": name}
     folder = changed(tiny_folder("llama"), tmp_path / "m", quantization_config=method)
-    with pytest.raises(UserError, match=r"quantised by bitnet, which rounds activations too"):
+    with pytest.raises(UserError, match=f"quantised by {name}, which rounds activations too"):
         find_model(ModelConfig(path=folder))
+
+
+def test_what_stands_behind_another_config_is_seen(tmp_path):
+    """SmoothQuant's name says nothing of what layers become."""
+    hidden = SimpleNamespace(base_config=KINDS["int8 activations too"])
+    settings = SimpleNamespace(quant_method="torchao", quant_type=hidden)
+    assert quantised_models._torchao_rounds(settings)
+    assert not quantised_models._torchao_rounds(
+        SimpleNamespace(quant_type=SimpleNamespace(base_config=KINDS["int8"]))
+    )
+
+
+def test_a_method_that_nobody_looked_at_is_refused(stored, monkeypatch):
+    monkeypatch.delitem(quantised_models._ROUNDS_ACTIVATIONS, "torchao")
+    with pytest.raises(UserError, match="torchao, which was not shown to round weights alone"):
+        find_model(ModelConfig(path=stored("llama")))
 
 
 def test_a_missing_package_is_named_before_weights_load(stored, tmp_path, monkeypatch):

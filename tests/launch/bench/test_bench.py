@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch.bench import __main__ as bench_main
 from launch.bench.__main__ import main
 from launch.bench.against import changes, read_earlier
 from launch.bench.attention import PEER, why_not
@@ -31,6 +32,7 @@ from launch.bench.cells import (
 from launch.bench.plan import make_plan, prompts_of, read_strategies
 from launch.bench.result import NOT_DONE, Floor, row_of
 from launch.bench.tables import block, tables
+from launch.faults import INTERRUPTED
 from launch.options import BENCH
 from ringstar import UserError
 from ringstar.config import DenseConfig, ModelConfig, RingConfig, StarConfig
@@ -404,6 +406,39 @@ def test_what_became_slower_ends_with_1(bench, bare, tmp_path, in_this_process, 
 
 
 @pytest.mark.slow
+def test_what_has_no_times_any_more_ends_with_1(bare, tmp_path, in_this_process, capsys):
+    before = tmp_path / "before.json"
+    given = [f"model.path={bare}", *SMALL, "bench.worlds=1", "bench.peers=hf-sdpa"]
+    given += ["bench.strategy=ring", "bench.tolerance=1000"]
+    assert main([*given, f"output.path={before}"]) == 0
+    less = [f"cache.max_bytes={56 * TOKEN}", "cache.page_tokens=4", "--against", str(before)]
+    capsys.readouterr()
+    assert main([*given, *less]) == 1
+    out, err = capsys.readouterr()
+    assert "1 cells had times before, and have none now: first ring, 1 ranks, 72 tokens" in err
+    assert json.loads(out.splitlines()[-1])["cells"]
+    told = json.loads(before.read_text())
+    told["cells"][0]["median_ttft_ms"] = 0
+    before.write_text(json.dumps(told))
+    assert main([*given, "--against", str(before)]) == 2
+    assert "is no result of launch.bench" in capsys.readouterr().err
+
+
+def test_an_interrupted_benchmark_keeps_what_is_done(bare, tmp_path, monkeypatch, in_this_process):
+    start, started, path = bench_main.start_ranks, [], tmp_path / "b.json"
+
+    def interrupted(module, arguments, nproc):
+        started.append(module)
+        return INTERRUPTED if len(started) == 3 else start(module, arguments, nproc)
+
+    monkeypatch.setattr(bench_main, "start_ranks", interrupted)
+    given = [f"model.path={bare}", *SMALL, "bench.worlds=1", "bench.peers=hf-sdpa"]
+    assert main([*given, "bench.strategy=ring", f"output.path={path}"]) == INTERRUPTED
+    cells = json.loads(path.read_text())["cells"]
+    found = {(cell["contender"], cell["why_not"]) for cell in cells}
+    assert found == {("ring", None), ("hf-sdpa", NOT_DONE)}
+
+
 def test_simulated_ranks(bare, in_this_process, capsys):
     given = [f"model.path={bare}", *SMALL, "transport=threads", "bench.worlds=3"]
     assert main([*given, "bench.peers=none", "bench.rounds=2"]) == 0
