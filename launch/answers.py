@@ -107,8 +107,12 @@ class AnswerLog:
         path = config.output.path
         if path is None:
             return
-        self._file = LineLog(path)
-        write_config(config, path)
+        self._file, self._config = LineLog(path), config
+
+    def begin(self) -> None:
+        """Say beside the file how answers are made, before the first is."""
+        if self._file is not None:
+            write_config(self._config, str(self._config.output.path))
 
     def close(self) -> None:
         """Other runs may add to the file."""

@@ -144,6 +144,8 @@ def _answer_file(
     first = runtime.rank == 0
     found = json.dumps(answered(config, library.entries, questions))
     done = json.loads(_of_rank_0(runtime, found) or "[]")
+    if answers is not None:
+        answers.begin()
     if first and done:
         log.info(f"{len(done)} of {len(questions)} questions are answered in {config.output.path}")
     shown = first and sys.stderr.isatty() and config.output.path is not None
@@ -173,6 +175,9 @@ def _answer_typed(
     edited = config.launch.report is not None or not under_torchrun()
     lines = typed_lines(config.transport.timeout_s, edited) if runtime.rank == 0 else iter(())
     ask = asker(config, runtime, library)
+    if answers is not None:
+        check_typed_before(config, library.entries[ONLY])  # another run may have begun it meanwhile
+        answers.begin()
     while (question := _of_rank_0(runtime, next(lines, None))) is not None:
         if not question.strip():
             continue

@@ -69,7 +69,9 @@ class Verdict:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
-    return exit_status(lambda: _judge_all(parser, given), Reporter())
+    reporter = Reporter()
+    reporter.show_traceback = True  # for developers
+    return exit_status(lambda: _judge_all(parser, given), reporter)
 
 
 def _judge_all(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:

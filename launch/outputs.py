@@ -34,7 +34,7 @@ def check_writable(config: Config) -> None:
     for key, value in (("output.path", output.path), ("output.first_logits", output.first_logits)):
         if value is not None:
             check_file(key, value)
-    if output.path and output.first_logits and _same(output.path, output.first_logits):
+    if output.path and output.first_logits and same_file(output.path, output.first_logits):
         raise UserError("output.first_logits", output.first_logits, "is output.path too")
     _check_no_input(config)
     if config.document.save is not None:
@@ -49,7 +49,7 @@ def _check_no_input(config: Config) -> None:
         outputs.append(("output.path", str(config_path(output.path))))
     for key, value in outputs:
         for read, given in given_paths(config).items():
-            if value is not None and given != STDIN and _same(value, given):
+            if value is not None and given != STDIN and same_file(value, given):
                 raise UserError(key, value, f"is {read} too, which would be overwritten")
 
 
@@ -146,8 +146,16 @@ def _check_file(key: str, value: str) -> None:
         pass
 
 
-def _same(a: str, b: str) -> bool:
-    return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+def same_file(a: str, b: str) -> bool:
+    """Whether two names are of one file; false for a name that none can have."""
+    try:
+        return _resolved(a) == _resolved(b)
+    except (OSError, ValueError, RuntimeError):  # who reads it says what is wrong
+        return False
+
+
+def _resolved(path: str) -> Path:
+    return Path(path).expanduser().resolve()
 
 
 def reason(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from launch.outputs import check_file
+from launch.outputs import check_file, same_file
 from ringstar.errors import UserError
 
 NO_MATPLOTLIB = "matplotlib is not installed: pip install 'ringstar[plots]'"
@@ -33,9 +33,5 @@ def check_picture(key: str, asked: str | None, output: str | None) -> None:
     if not path.endswith(".png"):
         raise UserError(key, path, "allowed: a name that ends in .png")
     check_file(key, path)
-    if output and _same(path, output):
+    if output and same_file(path, output):
         raise UserError(key, path, "is output.path too")
-
-
-def _same(a: str, b: str) -> bool:
-    return Path(a).expanduser().resolve() == Path(b).expanduser().resolve()

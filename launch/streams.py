@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from launch.faults import say_line
+
 
 def show_choices() -> None:
     """Let rank 0's choices reach standard error."""
@@ -41,7 +43,9 @@ def print_piece(piece: str) -> None:
     """Print at once; a pipe that nobody reads any more, or a disk that is full, ends no run."""
     try:
         print(piece, end="", flush=True)
-    except OSError:  # the result is still made and written
+    except OSError as error:  # the result is still made and written
+        if not isinstance(error, BrokenPipeError):
+            say_line(f"standard output cannot be written: {(error.strerror or '').lower()}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -111,9 +111,10 @@ class TextStream:
         piece = self._next_piece()
         if piece.endswith("\ufffd"):
             return False
-        if piece:  # what is not shown, as a special token, must not stand first
-            self._context = self._decoded
-        self._decoded = len(self._ids)
+        if not piece and self._is_hidden(token):
+            self._ids.pop()  # standing first, it would take the space of what follows
+            return False
+        self._context, self._decoded = self._decoded, len(self._ids)
         return self._take(piece)
 
     def finish(self) -> str:
@@ -124,6 +125,11 @@ class TextStream:
             self._take(piece)
         self._show(len(self._text))
         return self._text
+
+    def _is_hidden(self, token: int) -> bool:
+        """Whether it is special: text that is never shown."""
+        assert self._tokenizer is not None
+        return not self._decode([token]) and bool(self._tokenizer.decode([token]))
 
     def _next_piece(self) -> str:
         """The text of the tokens that are not certain yet."""

@@ -139,8 +139,10 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
                 elif status != DONE:  # it was said which rank, and why
                     worst = worst or status
     if worst >= ENDED:
-        with suppress(Exception):  # what is done is not lost
-            report.finish(reader.lines)
+        with suppress(Exception):  # what is done is not lost, nor what was done before
+            there = config.output.path is not None and Path(config.output.path).exists()
+            if any(isinstance(line, Measured) for line in reader.lines):
+                report.finish(reader.lines, write=not there)
         return worst
     measured = {line.key for line in reader.lines if isinstance(line, AttentionTimes)}
     if any(key[0] == OURS and key not in measured for key in plan.attention()):
@@ -172,7 +174,7 @@ class Report:
             print_piece(block(row_of(line)) + "\n")
         self._bar.update(line.length * line.batch)
 
-    def finish(self, lines: Sequence[Line]) -> None:
+    def finish(self, lines: Sequence[Line], *, write: bool = True) -> None:
         """Tables, files, and the last line; raises Fault if something of ours became slower."""
         config = self._config
         result = result_of(self._command, self._files, self._plan, lines)
@@ -183,6 +185,8 @@ class Report:
             result["against"] = [asdict(change) for change in found]
         path = picture_path(config.bench.picture, config.output.path)
         print_piece(json.dumps(result) + "\n")  # before a disk may be full
+        if not write:
+            return
         write_result(config, result)
         if path is not None:
             write_file("bench.picture", path, draw(result))

@@ -79,9 +79,11 @@ def check_family(path: str, config: Any, key: str = "model.path") -> None:
 def _check_windows(path: str, config: Any, key: str) -> None:
     """Raise UserError where a config's windows are not those of its layers."""
     window, kind = getattr(config, "sliding_window", None), config.model_type
+    named = getattr(config, "layer_types", None) is not None  # which the cache goes by
     for name in ("sliding_window", "attention_chunk_size"):
         value = getattr(config, name, None)
-        if value is not None and (kind in _NO_WINDOWS or name == "attention_chunk_size"):
+        has_none = kind in _NO_WINDOWS or name == "attention_chunk_size"
+        if value is not None and has_none and not named:
             why = (
                 f"config.{name}={value}: layers of {kind} have none, but Hugging Face's cache drops"
                 " what it would hide; allowed: null"

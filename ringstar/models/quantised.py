@@ -143,6 +143,7 @@ _ROUNDS_ACTIVATIONS: dict[str, Callable[[Any], bool]] = {
     "fp8": _always,
     "fp_quant": _always,
     "gemma": _always,
+    "gguf": _never,
     "gptq": _never,
     "higgs": _never,
     "hqq": _never,

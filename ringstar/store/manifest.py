@@ -113,7 +113,10 @@ def read_manifest(key: str, folder: str) -> tuple[Path, Manifest]:
     """The folder and its manifest; UserError, naming `key`, for what is not one that this reads."""
     try:
         path = Path(folder).expanduser()
-        file = path / NAME
+    except RuntimeError as error:  # a ~name of nobody
+        raise UserError(key, folder, str(error).lower()) from error
+    file = path / NAME
+    try:
         if not file.is_file():
             raise UserError(key, folder, f"holds no saved document: there is no {NAME}")
         if file.stat().st_size > _MOST_BYTES:
@@ -129,7 +132,7 @@ def read_manifest(key: str, folder: str) -> tuple[Path, Manifest]:
         return path, _checked(_parsed(body))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(key, folder, f"damaged {NAME}: {lines[0]}") from error
 

@@ -575,19 +575,23 @@ def test_output_that_cannot_be_written(refused, tmp_path, chat, key, start):
         ("document.save", "~nobody-of-that-name/x", "could not determine home"),
     ],
 )
-def test_names_that_no_file_can_have(refused, chat, key, value, why, start):
+def test_names_that_no_file_can_have(refused, tmp_path, chat, key, value, why, start):
     given = {"model.path": chat, "document.path": __file__, key: value}
     if key == "document.load":
         del given["document.path"]
-    options = [f"{name}={path}" for name, path in given.items()]
+    options = [f"{name}={path}" for name, path in given.items()] + [f"output.path={tmp_path}/r"]
     says(refused(*options, QUESTION, *start).lower(), f"{key}=", why)
 
 
 def test_a_disk_that_is_full_or_a_stream_that_is_closed_ends_no_run():
     """Standard output on /dev/full; no standard streams at all."""
     write = "from launch.streams import print_piece as p; p('a'); p('b'); print('end')"
+    run = [sys.executable, "-c", write]
     with Path("/dev/full").open("w") as full:
-        subprocess.run([sys.executable, "-c", write], stdout=full, check=True, env=environment())
+        done = subprocess.run(
+            run, stdout=full, stderr=subprocess.PIPE, text=True, check=True, env=environment()
+        )
+    assert done.stderr == "ringstar: standard output cannot be written: no space left on device\n"
     closed = (
         "import os, sys; sys.stdin = sys.stdout = sys.stderr = None;"
         "from launch.streams import open_streams; open_streams();"

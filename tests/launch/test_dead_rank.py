@@ -254,9 +254,10 @@ def test_what_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert _config(2).signals_to_handle == "SIGTERM,SIGQUIT"
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert "SIGHUP" in _config(2).signals_to_handle
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert "SIGHUP" in _config(2).signals_to_handle
 
 
 # -- the cause among several failures, without processes ---------------------------------------

@@ -130,7 +130,7 @@ def test_keys_that_are_not_finite_are_a_fault_where_they_are_rounded():
     ("family", "changes", "says"),
     [
         ("llama", {"sliding_window": 64}, r"config\.sliding_window=64: layers of llama have none"),
-        ("qwen2", {"attention_chunk_size": 64}, r"config\.attention_chunk_size=64: layers of"),
+        ("granite", {"attention_chunk_size": 64}, r"config\.attention_chunk_size=64: layers of"),
         (
             "smollm3",
             {

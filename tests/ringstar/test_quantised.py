@@ -24,7 +24,7 @@ from torchao.quantization import (
     IntxWeightOnlyConfig,
 )
 from torchao.utils import TorchAOBaseTensor
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, GgufConfig, TorchAoConfig
 
 import ringstar
 import ringstar.models.load
@@ -299,6 +299,12 @@ def test_what_stands_behind_another_config_is_seen(tmp_path):
     assert not quantised_models._torchao_rounds(
         SimpleNamespace(quant_type=SimpleNamespace(base_config=KINDS["int8"]))
     )
+
+
+def test_weights_that_transformers_made_of_a_gguf_file_are_ordinary_ones():
+    """It leaves word of the file in their config."""
+    config = SimpleNamespace(quantization_config=GgufConfig(gguf_file="model.gguf"))
+    quantised_models.check_quantised("model", config)
 
 
 def test_a_method_that_nobody_looked_at_is_refused(stored, monkeypatch):

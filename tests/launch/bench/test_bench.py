@@ -424,6 +424,7 @@ def test_what_has_no_times_any_more_ends_with_1(bare, tmp_path, in_this_process,
     assert "is no result of launch.bench" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_keeps_what_is_done(bare, tmp_path, monkeypatch, in_this_process):
     start, started, path = bench_main.start_ranks, [], tmp_path / "b.json"
 
@@ -437,8 +438,13 @@ def test_an_interrupted_benchmark_keeps_what_is_done(bare, tmp_path, monkeypatch
     cells = json.loads(path.read_text())["cells"]
     found = {(cell["contender"], cell["why_not"]) for cell in cells}
     assert found == {("ring", None), ("hf-sdpa", NOT_DONE)}
+    started.clear()
+    path.write_text("of before")
+    assert main([*given, "bench.strategy=ring", f"output.path={path}"]) == INTERRUPTED
+    assert path.read_text() == "of before"
 
 
+@pytest.mark.slow
 def test_simulated_ranks(bare, in_this_process, capsys):
     given = [f"model.path={bare}", *SMALL, "transport=threads", "bench.worlds=3"]
     assert main([*given, "bench.peers=none", "bench.rounds=2"]) == 0
