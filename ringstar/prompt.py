@@ -93,7 +93,7 @@ def prompt_format(tokenizer: Any, day: datetime | None = None) -> PromptFormat:
     message = document + SEPARATOR + question
     spaced = f" \n{message} \n"
     try:
-        template = _dated(tokenizer.get_chat_template(), day) if day else None
+        template = _dated(tokenizer, day or datetime.now())  # the same for both
         rendered, with_space = (
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
@@ -120,9 +120,11 @@ def prompt_format(tokenizer: Any, day: datetime | None = None) -> PromptFormat:
     return PromptFormat(before, after, "the model's chat template", False, trims, between)
 
 
-def _dated(template: str, day: datetime) -> str:
-    """A template with this day where it asks for today."""
-    return _TODAY.sub(lambda call: repr(day.strftime(call[2])), template)
+def _dated(tokenizer: Any, day: datetime) -> str | None:
+    """The template with this day where it asks for today; None if it does not ask."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return None
+    return _TODAY.sub(lambda call: repr(day.strftime(call[2])), tokenizer.get_chat_template())
 
 
 def _between_turns(tokenizer: Any) -> str | None:
