@@ -63,8 +63,7 @@ class Measurement:
             made = self._made(cell, number)
             if made is None:
                 continue
-            sample, strategies = made
-            context, query = prompt_ids(self._plan.files, sample.prompt)
+            sample, context, query, strategies = made
             for contender in left:
                 strategy = strategies[contender.label]
                 document = self._encode(cell, contender.label, strategy, context, len(query))
@@ -72,15 +71,18 @@ class Measurement:
                 self._add(self._scored(cell, number, contender, sample, document, answer))
                 del document  # before the next one takes its place
 
-    def _made(self, cell: Cell, number: int) -> tuple[Sample, dict[str, StrategyConfig]] | None:
-        """A sample, and every contender's settings for it; None where not all of it fits.
+    def _made(
+        self, cell: Cell, number: int
+    ) -> tuple[Sample, list[int], list[int], dict[str, StrategyConfig]] | None:
+        """A sample, its prompt's ids, and every contender's settings; None where not all fits.
 
         Words may not fit where the cell's first did, or sizes, if one is a share: others may.
         """
         try:
             sample = self._plan.sample(cell, number)
-            tokens = len(prompt_ids(self._plan.files, sample.prompt)[0])
-            return sample, {star.label: star.strategy(tokens) for star in self._plan.contenders}
+            context, query = prompt_ids(self._plan.files, sample.prompt)
+            tokens, every = len(context), self._plan.contenders
+            return sample, context, query, {star.label: star.strategy(tokens) for star in every}
         except UserError as error:
             where = f"{cell.task.name} {cell.length:,}"
             if self._runtime.rank == 0:

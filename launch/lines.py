@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.faults import Fault
-from launch.outputs import reason
-from ringstar.errors import UserError
+from ringstar.errors import UserError, reason
 
 
 def whole_lines(path: str | Path) -> list[str]:

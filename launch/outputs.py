@@ -17,7 +17,7 @@ from torch import Tensor
 from launch.faults import Fault
 from launch.inputs import STDIN, given_paths
 from ringstar.config import Config
-from ringstar.errors import UserError
+from ringstar.errors import UserError, reason
 from ringstar.files import write_atomically
 from ringstar.store import check_place
 
@@ -156,8 +156,3 @@ def same_file(a: str, b: str) -> bool:
 
 def _resolved(path: str) -> Path:
     return Path(path).expanduser().resolve()
-
-
-def reason(error: Exception) -> str:
-    """Why the system would not, in its words."""
-    return (getattr(error, "strerror", None) or str(error)).lower()

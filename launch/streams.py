@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from launch.faults import say_line
+from ringstar.errors import reason
 
 
 def show_choices() -> None:
@@ -45,7 +46,7 @@ def print_piece(piece: str) -> None:
         print(piece, end="", flush=True)
     except OSError as error:  # the result is still made and written
         if not isinstance(error, BrokenPipeError):
-            say_line(f"standard output cannot be written: {(error.strerror or '').lower()}")
+            say_line(f"standard output cannot be written: {reason(error)}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

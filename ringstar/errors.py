@@ -20,6 +20,11 @@ class Refusal(UserError):
     """One that every rank raises at the same point: they are in step, and go on."""
 
 
+def reason(error: Exception) -> str:
+    """Why the system would not, in its words."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
 def in_a_line(error: Exception) -> str:
     """The kind of an error, and the first line of what it says."""
     lines = str(error).strip().splitlines() or [""]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from ringstar.config import ModelConfig, RopeConfig
-from ringstar.errors import UserError, in_a_line
+from ringstar.errors import UserError, in_a_line, reason
 from ringstar.models.attention import NAME, register_attention
 from ringstar.models.bind import BoundModel, bind
 from ringstar.models.extend import extend
@@ -280,7 +280,7 @@ def _path_of(given: str) -> Path:
             return path
         why = "no such file or folder"
     except (OSError, ValueError, RuntimeError) as error:  # the last: a ~name of nobody
-        why = f"cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+        why = f"cannot be read: {reason(error)}"
     raise UserError("model.path", given, why)
 
 
