@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ringstar.checks import check_fits, check_ids
 from ringstar.config import AskConfig, Config, DocumentConfig, ScoreConfig
-from ringstar.errors import UserError
+from ringstar.errors import UserError, reason
 from ringstar.letters import has_half_letters
 from ringstar.models import ModelFiles
 from ringstar.ranks import under_torchrun, world_size_of
@@ -256,5 +256,4 @@ def _read_bytes(key: str, path: str) -> bytes:
     try:
         return Path(path).expanduser().read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # the last: a ~name of nobody
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(key, path, f"cannot be read: {reason.lower()}") from error
+        raise UserError(key, path, f"cannot be read: {reason(error)}") from error

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from ringstar.config import CacheConfig, byte_size
-from ringstar.errors import UserError
+from ringstar.errors import UserError, reason
 from ringstar.metrics import gather_integers
 from ringstar.models import Shapes
 from ringstar.paging import PagePool, Storage
@@ -55,8 +55,7 @@ def make_place(config: CacheConfig, device: torch.device) -> Place | None:
         try:
             return DiskPlace(config.offload_path)
         except OSError as error:
-            why = (error.strerror or str(error)).lower()
-            raise UserError("cache.offload_path", config.offload_path, why) from error
+            raise UserError("cache.offload_path", config.offload_path, reason(error)) from error
     if device.type == "cpu":
         why = "KV is in host memory already; allowed on the CPU: disk, none"
         raise UserError("cache.offload", "host", why)

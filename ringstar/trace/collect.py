@@ -13,7 +13,7 @@ from typing import Any
 
 from localflash import Backend
 from ringstar.config import ProfileConfig
-from ringstar.errors import UserError
+from ringstar.errors import UserError, reason
 from ringstar.exchange import bytes_on_rank_0
 from ringstar.files import write_atomically
 from ringstar.models import BoundModel
@@ -127,4 +127,4 @@ def _rank_trace(rank: int, packed: bytes) -> RankTrace:
 
 
 def _unwritable(error: Exception) -> str:
-    return f"cannot be written: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+    return f"cannot be written: {reason(error)}"
