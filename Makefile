@@ -21,7 +21,7 @@ help:
 	@echo "make bench      CPU benchmarks, as ratios in one run (results in benchmarks/results)"
 	@echo "make test-gpu   kernels and the runtime on one NVIDIA GPU, under 8 minutes"
 	@echo "make bench-gpu  benchmarks on one NVIDIA GPU, under 8 minutes; ARGS=--help"
-	@echo "                (both with .venv, or PYTHON=... that has torch, transformers, pytest)"
+	@echo "                (both with .venv, or PYTHON=... that has torch, transformers, psutil, pytest, hypothesis)"
 
 setup: $(STAMP)
 

@@ -32,18 +32,16 @@ ROUNDS = ("bench.rounds=3", "bench.requests=1")
 QUANTITIES = {"ttft": "TTFT", "tpot": "TPOT"}
 _UNKNOWN = "why was not found out"
 _CLOSE = "a few per cent are within what repeats differ by"
-_ONE_BY_ONE = (
-    "it attends to several prompts in one call, and ours to one after another; with one prompt"
-    f" {_CLOSE}"
-)
+_ONE_BY_ONE = "it attends to several prompts in one call, and ours to one after another"
 # why a peer is faster than the best of ours, where it is
 WHY = {
     ("llama.cpp", "TPOT"): "it reads weights of 4 bits and KV of 16, where ours are float32: a step"
     " is as fast as memory gives them",
-    ("hf-eager", "TPOT"): _ONE_BY_ONE,
-    ("hf-sdpa", "TPOT"): _ONE_BY_ONE,
+    ("hf-eager", "TPOT"): _CLOSE,
+    ("hf-sdpa", "TPOT"): _CLOSE,
     ("hf-batch", "TTFT"): _CLOSE,
 }
+WHY_SEVERAL = {**WHY, ("hf-eager", "TPOT"): _ONE_BY_ONE, ("hf-sdpa", "TPOT"): _ONE_BY_ONE}
 
 
 def main(arguments: list[str]) -> int:
@@ -134,7 +132,8 @@ def faster(result: dict[str, Any]) -> Iterator[str]:
             where = ", ".join(
                 f"{times:.2f} at {length:,} tokens" for length, times in found.items()
             )
-            why = WHY.get((who, shown), _UNKNOWN)
+            reasons = WHY_SEVERAL if any(row["batch"] > 1 for row in result["cells"]) else WHY
+            why = reasons.get((who, shown), _UNKNOWN)
             if why == _CLOSE and min(found.values()) < 0.95:
                 why = _UNKNOWN
             than = f"a shorter {shown}** than the best exact one of ours"

@@ -146,6 +146,8 @@ def _of_rank_0(ranks: Ranks, value: Any) -> Any:
 def _say_plan(config: EvaluationConfig, plan: Plan, jobs: Sequence[Job]) -> None:
     for note in plan.notes:
         log.info(note)
+    if config.profile.path is not None and not jobs:
+        log.info("no trace: every sample is scored already")
     if config.output.path and picture_paths(config) is None:
         log.info(f"no picture: {NO_MATPLOTLIB}")
     total = len(plan.contenders) * sum(1 for _ in plan.jobs())

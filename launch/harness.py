@@ -6,9 +6,10 @@
     torchrun --standalone --nproc-per-node 4 -m launch.harness model.path=DIR --tasks wikitext
 
 What comes before the first argument with a dash says which model runs how; everything from there on
-is for lm-eval (`lm_eval run --help`), but for --model and --model_args.  It needs the extra
-`lm-eval`; some of its tasks ask for more, such as lm_eval[ruler].  Tasks that bring their data from
-the network run offline where it is cached, or with local files (--include_path).
+is for lm-eval (`lm_eval run --help`), but for --model, --model_args, --device and --batch_size,
+which our options say.  It needs the extra `lm-eval`; some of its tasks ask for more, such as
+lm_eval[ruler].  Tasks that bring their data from the network run offline where it is cached, or
+with local files (--include_path).
 
 Each context is encoded once, spread over the ranks, and serves all its continuations.  By star the
 last harness.query_tokens of a context are read with exact attention to all of it.

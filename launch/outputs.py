@@ -20,6 +20,7 @@ from ringstar.config import Config
 from ringstar.errors import UserError, reason
 from ringstar.files import write_atomically
 from ringstar.store import check_place
+from ringstar.trace import trace_path
 
 # options of the config that say which model computes, and how
 OF_MODEL = (
@@ -37,6 +38,7 @@ def check_writable(config: Config) -> None:
     if output.path and output.first_logits and same_file(output.path, output.first_logits):
         raise UserError("output.first_logits", output.first_logits, "is output.path too")
     _check_no_input(config)
+    _check_no_trace(config)
     if config.document.save is not None:
         check_place("document.save", config.document.save)
 
@@ -51,6 +53,17 @@ def _check_no_input(config: Config) -> None:
         for read, given in given_paths(config).items():
             if value is not None and given != STDIN and same_file(value, given):
                 raise UserError(key, value, f"is {read} too, which would be overwritten")
+
+
+def _check_no_trace(config: Config) -> None:
+    """Raise UserError for a file that the trace would take the place of."""
+    if not config.profile.path:
+        return
+    trace, output = str(trace_path(config.profile)), config.output
+    outputs = {"output.path": output.path, "output.first_logits": output.first_logits}
+    for key, value in {**given_paths(config), **outputs}.items():
+        if value not in (None, STDIN) and same_file(str(value), trace):
+            raise UserError(key, value, "is the trace of profile.path too, which would replace it")
 
 
 def check_file(key: str, value: str) -> None:

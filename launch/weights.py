@@ -42,6 +42,13 @@ def check_weights(files: ModelFiles) -> None:
             _check_header(folder, path)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers reads: others beside them may hold the same weights once more."""
+    single = folder / "model.safetensors"
+    named = [single] if single.is_file() else _indexed(folder)
+    return named or next(filter(None, (list(folder.glob(kind)) for kind in _KINDS)), [])
+
+
 def _indexed(folder: Path) -> list[Path]:
     """The files that an index of several speaks of."""
     index = folder / "model.safetensors.index.json"

@@ -201,11 +201,11 @@ class RankEngine:
         All that is read stays: the last token that was given is not.  Raises UserError, before
         anything is computed, if there is no room.
         """
+        self._transport.publish("question")
         self._transport.check_agreement("question", list(query_ids), settings)
         sampler = Sampler(settings)
         new = list(query_ids)
         self.reserve([shard], len(new), settings.max_new_tokens, victims)
-        self._transport.publish("question")
         first = True
         while True:
             logits = self.read([shard], [new])[0]
@@ -220,8 +220,8 @@ class RankEngine:
         self, shard: TextShard, query_ids: Sequence[int], last: int, victims: Victims = NOBODY
     ) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
-        self._transport.check_agreement("question", list(query_ids), last)
         self._transport.publish("score")
+        self._transport.check_agreement("question", list(query_ids), last)
         shard.rewind()
         self.reserve([shard], len(query_ids), 0, victims)
         try:
@@ -242,8 +242,8 @@ class RankEngine:
         `again` of `before` are the last tokens that are there.  (2, len(ids)) as in
         `next_token_scores`, the same on every rank.
         """
-        self._transport.check_agreement("continuation", list(before), list(ids), again)
         self._transport.publish("score")
+        self._transport.check_agreement("continuation", list(before), list(ids), again)
         shard.rewind()
         read = [*before, *ids[:-1]]
         self.reserve([shard], len(read), 0, victims)

@@ -66,12 +66,14 @@ class Group:
         return Victims(find, self.places[index], keeps=self.shelf.keeps)
 
     def at_hand(
-        self, transport: Transport, document: Document
+        self, transport: Transport, document: Document, phase: str
     ) -> tuple[RankEngine, TextShard, Victims]:
         """This rank's engine, its share of a document, back in its pages, and what may go for it.
 
-        All ranks make this call.  Raises UserError if there is no room for the document.
+        All ranks make this call, for `phase`, which begins here.  Raises UserError if there is no
+        room for the document.
         """
+        transport.publish(phase)
         engine, shard = self.engines[transport.rank], document.shards[self.index(transport)]
         victims = self.victims(transport, [document])
         engine.bring_back(shard, victims)

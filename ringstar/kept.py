@@ -55,8 +55,7 @@ def write(runtime: LongContext, document: Document, folder: str, before: Manifes
     path = Path(folder).expanduser()
 
     def write(transport: Transport) -> str | None:
-        transport.publish("save")
-        _, shard, _ = runtime.group.at_hand(transport, document)
+        _, shard, _ = runtime.group.at_hand(transport, document, "save")
         return write_shards(transport, shard, document.ids, path, facts, before)
 
     wrong = runtime.group.run(write)[0]

@@ -280,6 +280,7 @@ class LongContext:
         def encode(
             transport: Transport,
         ) -> tuple[list[TextShard], list[RankMetrics], tuple[float, KVError], list[Score]]:
+            transport.publish("encode")
             transport.check_agreement("strategy", chosen, scored)
             engine, index = self.group.engines[transport.rank], self.group.index(transport)
             victims = self.group.victims(transport, [found[0] for found in begun if found])
@@ -394,7 +395,7 @@ class LongContext:
             begun.set()
             report = on_rank_0(transport, on_progress)
             made = make_strategy(strategy, self.config.encode, transport, self.files.vocab_size)
-            engine, shard, victims = self.group.at_hand(transport, document)
+            engine, shard, victims = self.group.at_hand(transport, document, "encode")
             shard.rewind()
             cost = engine.encode([shard], [ids], made, report, victims)
             transport.publish("metrics")
@@ -480,7 +481,7 @@ class LongContext:
 
         def answer(transport: Transport) -> Answer:
             started, sent = time.perf_counter(), transport.counters.bytes_sent
-            engine, shard, victims = self.group.at_hand(transport, document)
+            engine, shard, victims = self.group.at_hand(transport, document, "question")
             shown = on_text if transport.rank == 0 else None
             read = shard.take_up(top, document.tokens + len(before)) - document.tokens
             new = [*before[read:], *ids]
@@ -579,7 +580,7 @@ class LongContext:
         self.shelf.use(document)
 
         def logits(transport: Transport) -> torch.Tensor:
-            engine, shard, victims = self.group.at_hand(transport, document)
+            engine, shard, victims = self.group.at_hand(transport, document, "score")
             return engine.logits(shard, ids, last, victims)
 
         return self.group.run(logits)[0].cpu()

@@ -40,7 +40,7 @@ def score(
     _check_continuations(runtime, document, len(before) - again, ids)
 
     def score(transport: Transport) -> list[torch.Tensor]:
-        engine, shard, victims = runtime.group.at_hand(transport, document)
+        engine, shard, victims = runtime.group.at_hand(transport, document, "score")
         return [engine.score(shard, before, each, again, victims) for each in ids]
 
     return [score_of(*pair) for pair in zip(ids, runtime.group.run(score)[0], strict=True)]

@@ -56,12 +56,12 @@ def encode_layer(
     """
     into = empty_partial(q_BTHD)
     arriving = _pass_on(layer, new, step, anchors, transport)
-    transport.mark("attend blocks")
+    transport.mark("attend blocks", of="blocks")
     accumulate_tiles(q_BTHD, new, step.new, into, attend)
     accumulate_tiles(q_BTHD, past, step.past, into, attend)
     arriving.wait()
     if step.anchor:
-        transport.mark("attend anchor")
+        transport.mark("attend anchor", of="anchor")
         accumulate_tiles(q_BTHD, anchors.of(layer, new, step), step.anchor, into, attend)
     return into
 

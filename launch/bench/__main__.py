@@ -55,7 +55,7 @@ from launch.bench.ranks import check_request as check_plan
 from launch.bench.ranks import measure
 from launch.bench.result import result_of, row_of
 from launch.bench.tables import block, comparison, tables
-from launch.faults import DONE, ENDED, FAULT, Fault, Reporter, exit_status
+from launch.faults import DONE, ENDED, FAULT, USER, Fault, Reporter, exit_status
 from launch.help import help_text
 from launch.options import BENCH
 from launch.outputs import check_writable, write_file, write_result
@@ -108,7 +108,7 @@ def run_rank(arguments: Sequence[str], config: BenchConfig, phases: Any) -> None
         except Exception:  # what is done is not lost, and the fault is what is said
             with suppress(Exception):
                 if first:
-                    report.finish(reader.lines)
+                    report.finish(reader.lines, whole=False)
             raise
     if first:
         report.finish(reader.lines)
@@ -123,7 +123,7 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
     for world in plan.worlds:
         check_world(config, world)
     _say_plan(config, plan)
-    worst = DONE
+    worst, stopped = DONE, False
     with tempfile.TemporaryDirectory() as folder, _bar(plan) as bar:
         report = Report(arguments, files, plan, earlier, bar)
         cells = Path(folder) / "cells.jsonl"
@@ -131,23 +131,23 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
             for child in children(plan, arguments, cells):
                 bar.clear()
                 status = start_ranks(child.module, child.arguments, child.nproc)
-                if status >= ENDED:
-                    worst = status
+                if status >= ENDED or (status == USER and not child.peer):
+                    worst, stopped = status, True
                     break
                 if status != DONE and child.peer:
                     log.info(f"{child.module} ended so; the others go on")
                 elif status != DONE:  # it was said which rank, and why
                     worst = worst or status
-    if worst >= ENDED:
-        with suppress(Exception):  # what is done is not lost, nor what was done before
-            there = config.output.path is not None and Path(config.output.path).exists()
-            if any(isinstance(line, Measured) for line in reader.lines):
-                report.finish(reader.lines, write=not there)
+    if stopped and not any(isinstance(line, Measured) for line in reader.lines):
+        return worst
+    if stopped:
+        with suppress(Exception):  # what is done is not lost
+            report.finish(reader.lines, whole=False)
         return worst
     measured = {line.key for line in reader.lines if isinstance(line, AttentionTimes)}
     if any(key[0] == OURS and key not in measured for key in plan.attention()):
         worst = worst or FAULT
-    report.finish(reader.lines)
+    report.finish(reader.lines, whole=worst == DONE)
     return worst
 
 
@@ -174,8 +174,11 @@ class Report:
             print_piece(block(row_of(line)) + "\n")
         self._bar.update(line.length * line.batch)
 
-    def finish(self, lines: Sequence[Line], *, write: bool = True) -> None:
-        """Tables, files, and the last line; raises Fault if something of ours became slower."""
+    def finish(self, lines: Sequence[Line], *, whole: bool = True) -> None:
+        """Tables, files, and the last line; raises Fault if something of ours became slower.
+
+        What is not `whole` takes the place of no earlier file.
+        """
         config = self._config
         result = result_of(self._command, self._files, self._plan, lines)
         print_piece(tables(result))
@@ -185,7 +188,10 @@ class Report:
             result["against"] = [asdict(change) for change in found]
         path = picture_path(config.bench.picture, config.output.path)
         print_piece(json.dumps(result) + "\n")  # before a disk may be full
-        if not write:
+        files = [file for file in (config.output.path, path) if file is not None]
+        there = [file for file in files if Path(file).expanduser().exists()]
+        if there and not whole:
+            log.info(f"{there[0]} is left as it was: this benchmark is not whole")
             return
         write_result(config, result)
         if path is not None:

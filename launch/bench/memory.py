@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,10 +15,15 @@ _RESET_PEAK = "5"  # proc(5)
 
 
 def reset_peak(device: torch.device) -> None:
-    """From here on anew, where the system can (CUDA, Linux); elsewhere peaks only grow."""
+    """From here on anew, where the system can (CUDA, Linux); elsewhere peaks only grow.
+
+    On Linux what was freed goes back to the system first: glibc keeps it, and it would count.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:

@@ -14,6 +14,7 @@ import torch
 
 from launch.bench import llama
 from launch.bench.peer_room import batch_bytes, eager_bytes, llama_bytes, plain_bytes
+from launch.weights import weight_files
 from ringstar.errors import in_a_line
 from ringstar.memory import free_memory
 from ringstar.models import ModelFiles, quiet_transformers
@@ -123,7 +124,7 @@ def _weights(request: Request, own: bool) -> int:
         return gguf.stat().st_size
     if gguf is not None and files.gguf:
         return _elements(gguf) * request.dtype.itemsize
-    stored = list(files.folder.glob("*.safetensors")) or files.folder.glob("pytorch_model*.bin")
+    stored = weight_files(files.folder)
     wider = 1.0 if files.quantised else request.dtype.itemsize / _stored_itemsize(files)
     return int(wider * sum(path.stat().st_size for path in stored))
 

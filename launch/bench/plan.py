@@ -85,7 +85,7 @@ def make_plan(config: BenchConfig, files: ModelFiles) -> Plan:
                 _check(config, files, strategy, world, length)
     _check_batches(config, loads)
     peers, skipped = _peers(plan, files)
-    return replace(plan, peers=peers, notes=[*notes, *skipped])
+    return replace(plan, peers=peers, notes=[*notes, *_idle_cores(config, worlds), *skipped])
 
 
 def request_of(config: BenchConfig, files: ModelFiles, load: Load, device: torch.device) -> Request:
@@ -225,6 +225,16 @@ def _worlds(config: BenchConfig) -> tuple[list[int], list[str]]:
     most = asked or gpus or 2
     why = "as asked" if asked else "the GPUs here" if gpus else "no GPU here"
     return sorted({1, most}), [f"bench.worlds={','.join(map(str, sorted({1, most})))} ({why})"]
+
+
+def _idle_cores(config: BenchConfig, worlds: Sequence[int]) -> Iterator[str]:
+    """Ranks have equally many threads, so that they compute alike."""
+    if own_device().type != "cpu" or config.transport.threads_per_rank or under_torchrun():
+        return
+    cores = usable_cores()
+    for world in worlds:
+        if world < cores and cores % world:
+            yield f"{world} ranks compute on {cores - cores % world} of {cores} cores"
 
 
 def _check(

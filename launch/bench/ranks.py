@@ -31,7 +31,7 @@ from ringstar.errors import Refusal, in_a_line
 from ringstar.metrics import gather_integers
 from ringstar.models import ModelFiles, choose_dtype, choose_rope_precision
 from ringstar.models.one_device import plain_model
-from ringstar.models.plain_generate import PlainGenerate
+from ringstar.models.plain_generate import PlainGenerate, has_attention
 from ringstar.ranks import Ranks, make_ranks
 from ringstar.runtime import LongContext
 from ringstar.timed import Generates, Timed
@@ -120,7 +120,9 @@ class RankBench:
         precision, _ = choose_rope_precision(
             config.rope, self._files, beyond_limit=config.model.allow_beyond_limit
         )
-        model = plain_model(self._files, dtype, self._device, "sdpa")
+        # which of its own it has is no matter: attaching replaces it
+        attention = "sdpa" if has_attention(self._files, "sdpa") else "eager"
+        model = plain_model(self._files, dtype, self._device, attention)
         for contender, load in self._rounds(loads):
             strategy = contender.strategy(load.length - config.bench.question_tokens)
             attach(

@@ -16,6 +16,7 @@ from seqpar import Transport
 
 _ROUNDS = 8
 _STAMPS_OF_AN_ANCHOR = 1024
+_PAUSE_NS = 1_000_000_000
 
 
 class Clock(Protocol):
@@ -53,20 +54,22 @@ class CudaClock:
 
     Names become NVTX ranges, which Nsight shows.  Elapsed times come as float32 milliseconds,
     too coarse over minutes: so they are counted from the last of many anchors, and these from
-    each other, in the order of the stream.
+    each other, in the order of the stream.  A pause makes one too: nothing may come for minutes.
     """
 
     def __init__(self, device: torch.device):
         torch.cuda.synchronize(device)
         first = _event()
         first.synchronize()
-        self._anchors, self._anchors_at, self._taken = [first], [time.perf_counter_ns()], 0
+        self._anchors, self._anchors_at = [first], [time.perf_counter_ns()]
+        self._taken, self._stamped = 0, self._anchors_at[0]
 
     def stamp(self) -> tuple[int, torch.cuda.Event]:
-        event = _event()
+        event, now = _event(), time.perf_counter_ns()
         self._taken += 1
-        if self._taken % _STAMPS_OF_AN_ANCHOR == 0:
+        if self._taken % _STAMPS_OF_AN_ANCHOR == 0 or now - self._stamped > _PAUSE_NS:
             self._anchors.append(event)
+        self._stamped = now
         return len(self._anchors) - 1, event
 
     def nanoseconds(self, stamp: tuple[int, torch.cuda.Event]) -> int:

@@ -30,19 +30,29 @@ FILE = "trace.json"
 
 
 def check_profile(config: ProfileConfig) -> None:
-    """Make the folder of the trace; UserError if no file could be written there."""
+    """Make the folder of the trace; UserError if the file could not be written there."""
     if config.path is None:
         return
-    folder = Path(config.path).expanduser()
+    if not config.path:
+        raise UserError("profile.path", "", "allowed: a folder, or null for no trace")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        file = trace_path(config)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent):
             pass
     except FileExistsError as error:
         why = "is a file; the name of a folder is needed"
         raise UserError("profile.path", config.path, why) from error
     except (OSError, ValueError, RuntimeError) as error:  # or a ~name of nobody
         raise UserError("profile.path", config.path, _unwritable(error)) from error
+    if file.is_dir():
+        why = f"has a folder named {FILE}, which is the trace's name; remove it"
+        raise UserError("profile.path", config.path, why)
+
+
+def trace_path(config: ProfileConfig) -> Path:
+    """The file of the trace."""
+    return Path(config.path or "").expanduser() / FILE
 
 
 def engine_parts(
@@ -64,9 +74,13 @@ class Written:
 
 
 class Trace:
-    """Records the ranks of this process from now on; `ranks` take the place of the given ones."""
+    """Records the ranks of this process from now on; `ranks` take the place of the given ones.
+
+    Raises UserError if the file could not be written.
+    """
 
     def __init__(self, config: ProfileConfig, ranks: Ranks):
+        check_profile(config)
         self._config, self._inner = config, ranks
         self._recorders = {
             transport.rank: Recorder(clock_of(transport.device), config.max_events)
@@ -89,7 +103,7 @@ class Trace:
         if collected is None:
             return None
         ranks = [_rank_trace(rank, part) for rank, part in enumerate(collected)]
-        path = Path(self._config.path or "").expanduser() / FILE
+        path = trace_path(self._config)
         content = trace_file(ranks, about)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,9 +104,8 @@ def _recorded(call: Callable[..., Any], name: str, recorder: Recorder) -> Callab
         began = recorder.begin(name)
         made = call(q_BTHD, *others)
         keys = others[0]
-        details = {"queries": q_BTHD.shape[1], **recorder.about}
-        if isinstance(keys, Tensor):
-            details["keys"] = keys.shape[1]
+        tokens = keys.shape[1] if isinstance(keys, Tensor) else keys.tokens
+        details = {"queries": q_BTHD.shape[1], "keys": tokens, **recorder.about}
         recorder.end("kernel", name, began, details)
         return made
 

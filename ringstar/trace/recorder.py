@@ -92,6 +92,8 @@ class Recorder:
 
     def enter_phase(self, phase: str | None) -> None:
         """The phase that begins now and ends the one before; None: none that is worth a name."""
+        if phase == self._phase:
+            return
         now = self.clock.stamp()
         if self._phase is not None:
             self.add("phase", self._phase, self._phase_began, now, {})

@@ -26,13 +26,15 @@ def summary_lines(ranks: Sequence[RankTrace], limit: int) -> Iterator[str]:
     """A small table: a line for each rank, a column for each phase and for all of them."""
     rows = {str(rank.rank): exposed(rank) for rank in ranks}
     phases = list(dict.fromkeys(phase for row in rows.values() for phase in row))
-    yield "exposed communication, seconds of waiting for others of seconds at work:"
-    head = [f"{phase:>24}" for phase in (*phases, "all")]
-    yield "rank" + "".join(head)
+    table = {"rank": [*phases, "all"]}
     for name, row in rows.items():
         cells = [row.get(phase, (0.0, 0.0)) for phase in phases]
         waited, worked = (sum(part) for part in zip(*cells, strict=True)) if cells else (0.0, 0.0)
-        yield f"{name:>4}" + "".join(f"{_share(*cell):>24}" for cell in (*cells, (waited, worked)))
+        table[name] = [_share(*cell) for cell in (*cells, (waited, worked))]
+    width = 2 + max(len(cell) for row in table.values() for cell in row)
+    yield "exposed communication, seconds of waiting for others of seconds at work:"
+    for name, line in table.items():
+        yield f"{name:>4}" + "".join(f"{cell:>{width}}" for cell in line)
     dropped = sum((Counter(rank.record.dropped) for rank in ranks), Counter())
     if dropped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in dropped.most_common())

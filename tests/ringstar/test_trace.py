@@ -233,12 +233,19 @@ def fake_cuda(monkeypatch):
     return heard
 
 
-def test_cuda_stamps_stay_exact_over_hours(fake_cuda):
+def test_cuda_stamps_stay_exact_over_hours(fake_cuda, monkeypatch):
     clock = CudaClock(torch.device("cuda"))
     stamps = [clock.stamp() for _ in range(20_000)]
     times = [clock.nanoseconds(stamp) for stamp in stamps]
     assert times == sorted(times)
     steps = [b - a for a, b in pairwise(times)]
+    assert max(abs(step - STEP_NS) for step in steps) < 1000
+    FakeEvent.now += 3_600_000_000_000  # somebody thinks
+    with monkeypatch.context() as patched:
+        patched.setattr("ringstar.trace.clocks._PAUSE_NS", -1)
+        stamps = [clock.stamp()]
+    stamps += [clock.stamp() for _ in range(3)]
+    steps = [b - a for a, b in pairwise(map(clock.nanoseconds, stamps))]
     assert max(abs(step - STEP_NS) for step in steps) < 1000
     assert abs(times[-1] - times[0] - 19_999 * STEP_NS) < 100_000
 
@@ -280,6 +287,36 @@ def test_the_summary_is_of_waiting_in_phases():
         " ".join(row.split()) == "0 0.50 of 4.00 (12.5%) 0.25 of 1.00 (25.0%) 0.75 of 5.00 (15.0%)"
     )
     assert dropped.endswith("max_events=7 of a rank: 1,200 kernel")
+
+
+def test_the_columns_of_long_work_stay_apart():
+    rank = record_of(
+        ("phase", "decode", "decode", 0, 12_345_600_000_000),
+        ("wait", "shift", "decode", 0, 1_234_500_000_000),
+    )
+    _, head, row, _ = summary_lines([rank], 7)
+    assert row.count("  1234.50 of 12345.60 (10.0%)") == 2
+    assert len(head) == len(row)
+
+
+def test_kv_that_is_brought_back_is_in_a_phase(tmp_path):
+    """Before a question and before an encode that goes on from it."""
+    config = config_of(tiny_folder("llama"), tmp_path, world=2)
+    config.cache.offload, config.cache.max_bytes, config.cache.page_tokens = "disk", "90KB", 16
+    runtime = LongContext.from_config(config)
+    texts = [random_ids(200, seed=seed) for seed in (1, 2)]
+    documents = [runtime.encode(text) for text in texts]
+    assert not documents[0].shards[0].is_here
+    runtime.ask(documents[0], random_ids(5), max_new_tokens=2)
+    assert not documents[1].shards[0].is_here
+    runtime.encode([*texts[1], *random_ids(20, seed=3)])
+    runtime.close()
+    trace = read(tmp_path)
+    check_format(trace)
+    begun = min(event["ts"] for event in of_kind(trace, "phase", 0) if event["name"] == "encode")
+    waits = [event for event in of_kind(trace, "wait", 0) if event["ts"] >= begun]
+    named = {event["args"]["phase"] for event in waits}
+    assert "" not in named and {"question", "encode"} <= named
 
 
 def test_transfers_that_overlap_have_tracks_of_their_own():
@@ -328,6 +365,12 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_runs(tmp_path):
     for path, why in ((tmp_path / "file", "folder"), (tmp_path / "file" / "below", "written")):
         with pytest.raises(UserError, match=f"profile.path=.*{why}"):
             check_profile(ProfileConfig(str(path)))
+    (tmp_path / "taken" / "trace.json").mkdir(parents=True)
+    for path, why in (("", "allowed: a folder"), (tmp_path / "taken", "remove it")):
+        with pytest.raises(UserError, match=f"profile.path=.*{why}"):
+            LongContext.from_config(
+                config_of(tiny_folder("llama"), None, profile=ProfileConfig(str(path)))
+            )
     check_profile(ProfileConfig(str(tmp_path / "new" / "folder")))
     assert (tmp_path / "new" / "folder").is_dir()
     check_profile(ProfileConfig())

@@ -32,7 +32,7 @@ from launch.bench.cells import (
 from launch.bench.plan import make_plan, prompts_of, read_strategies
 from launch.bench.result import NOT_DONE, Floor, row_of
 from launch.bench.tables import block, tables
-from launch.faults import INTERRUPTED
+from launch.faults import FAULT, INTERRUPTED, USER
 from launch.options import BENCH
 from ringstar import UserError
 from ringstar.config import DenseConfig, ModelConfig, RingConfig, StarConfig
@@ -425,12 +425,15 @@ def test_what_has_no_times_any_more_ends_with_1(bare, tmp_path, in_this_process,
 
 
 @pytest.mark.slow
-def test_an_interrupted_benchmark_keeps_what_is_done(bare, tmp_path, monkeypatch, in_this_process):
+def test_a_benchmark_that_ends_early_keeps_what_is_done(
+    bare, tmp_path, monkeypatch, in_this_process, capsys
+):
     start, started, path = bench_main.start_ranks, [], tmp_path / "b.json"
+    said, last = INTERRUPTED, 3
 
     def interrupted(module, arguments, nproc):
         started.append(module)
-        return INTERRUPTED if len(started) == 3 else start(module, arguments, nproc)
+        return said if len(started) == last else start(module, arguments, nproc)
 
     monkeypatch.setattr(bench_main, "start_ranks", interrupted)
     given = [f"model.path={bare}", *SMALL, "bench.worlds=1", "bench.peers=hf-sdpa"]
@@ -438,10 +441,14 @@ def test_an_interrupted_benchmark_keeps_what_is_done(bare, tmp_path, monkeypatch
     cells = json.loads(path.read_text())["cells"]
     found = {(cell["contender"], cell["why_not"]) for cell in cells}
     assert found == {("ring", None), ("hf-sdpa", NOT_DONE)}
-    started.clear()
+    monkeypatch.setenv("HOME", str(tmp_path))
     path.write_text("of before")
-    assert main([*given, "bench.strategy=ring", f"output.path={path}"]) == INTERRUPTED
-    assert path.read_text() == "of before"
+    for status in (INTERRUPTED, FAULT, USER):
+        started.clear()
+        said, last = status, 3 if status == INTERRUPTED else 4
+        assert main([*given, "bench.strategy=ring", "output.path=~/b.json"]) == status
+        assert path.read_text() == "of before"
+        assert "~/b.json is left as it was" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -506,16 +513,27 @@ def test_ranks_of_torchrun(bare):
 
 
 def test_a_peer_that_dies_ends_no_benchmark(bare, monkeypatch, capsys):
-    """What it did not do is said; a fault of ours is the benchmark's."""
-    for failing, its, status in (("peer", 1, 0), ("peer", 2, 0), ("ranks", 1, 1), ("ranks", 2, 2)):
+    """What it did not do is said; a fault of ours is the benchmark's, and a mistake ends it."""
+    for failing, its, status in (("ranks", 2, 2), ("peer", 1, 0), ("peer", 2, 0), ("ranks", 1, 1)):
         monkeypatch.setattr(
             "launch.bench.__main__.start_ranks",
             lambda module, *_, f=f"launch.bench.{failing}", s=its: s * (module == f),
         )
         given = [f"model.path={bare}", *SMALL, "bench.worlds=1", "bench.peers=hf-sdpa"]
         assert main(given) == status
-        cells = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
-        assert {cell["why_not"] for cell in cells} == {NOT_DONE}
+        out = capsys.readouterr().out
+        if status == USER:  # the others would be measured beside nothing
+            assert out == ""
+            continue
+        assert {cell["why_not"] for cell in json.loads(out.splitlines()[-1])["cells"]} == {NOT_DONE}
+
+
+@pytest.mark.slow
+def test_a_batch_of_a_model_that_has_no_sdpa_attention(in_this_process, capsys):
+    given = [f"model.path={tiny_folder('gemma2')}", *SMALL, "bench.worlds=1", "bench.peers=none"]
+    assert main([*given, "bench.strategy=ring", "bench.batches=2"]) == 0
+    cells = json.loads(capsys.readouterr().out.splitlines()[-1])["cells"]
+    assert [cell["why_not"] for cell in cells] == [None] * len(cells)
 
 
 @pytest.mark.slow

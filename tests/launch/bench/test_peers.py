@@ -133,6 +133,9 @@ def test_weights_count_as_they_are_loaded(tmp_path):
     request = request_of(str(folder))
     assert peers._weights(request, own=False) == stored
     assert peers._weights(replace(request, dtype=torch.float64), own=False) == 2 * stored
+    twice = shutil.copytree(folder, tmp_path / "twice")  # as whole downloads of some models are
+    shutil.copy(twice / "model.safetensors", twice / "consolidated.safetensors")
+    assert peers._weights(request_of(str(twice)), own=False) == stored
     older = shutil.copytree(folder, tmp_path / "older")
     for path in older.glob("*.safetensors"):
         path.rename(older / "pytorch_model.bin")
