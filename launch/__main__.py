@@ -1,5 +1,9 @@
 """`python -m launch` names the commands."""
 
+from __future__ import annotations
+
+import sys
+
 COMMANDS = {
     "generate": "answer a question about a long document",
     "ask": "many questions about one document, or about several",
@@ -13,6 +17,10 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    given = sys.argv[1:]
+    if given and not {"-h", "--help"} & set(given):
+        print(f"ringstar: {given[0]}: give a command as python -m launch.NAME:", file=sys.stderr)
     for name, what in COMMANDS.items():
         command = f"python -m launch.{name} --help"
         print(f"{command:36}{what}")
+    sys.exit(2 if given and not {"-h", "--help"} & set(given) else 0)

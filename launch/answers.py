@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from launch.library import Entry
 from launch.lines import LineLog, line_of, whole_lines
 from launch.outputs import OF_MODEL, check_begun_alike, write_config
 from launch.questions import RESULT_FIELDS, Question
+from launch.streams import print_piece
 from ringstar.answers import Answer
 from ringstar.config import AskConfig, saved_strategy
 from ringstar.errors import UserError
@@ -126,5 +126,4 @@ class AnswerLog:
         if self._file is not None:
             self._file.add({**line, **fields})
             return
-        sys.stdout.write(line_of({**line, **fields}))
-        sys.stdout.flush()
+        print_piece(line_of({**line, **fields}), kept=False)

@@ -26,6 +26,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -175,6 +176,7 @@ def _answer_typed(
     edited = config.launch.report is not None or not under_torchrun()
     lines = typed_lines(config.transport.timeout_s, edited) if runtime.rank == 0 else iter(())
     ask = asker(config, runtime, library)
+    show = partial(print_piece, kept=answers is not None)
     if answers is not None:
         check_typed_before(config, library.entries[ONLY])  # another run may have begun it meanwhile
         answers.begin()
@@ -182,14 +184,14 @@ def _answer_typed(
         if not question.strip():
             continue
         try:
-            answer = ask(ONLY, question, on_text=print_piece)
+            answer = ask(ONLY, question, on_text=show)
         except UserError as error:  # the same on every rank
             if runtime.rank == 0:
                 log.info(str(error))
             continue
         if runtime.rank == 0:
             ids = "" if runtime.files.tokenizer else " ".join(map(str, answer.ids))
-            print_piece(f"{ids}\n")
+            show(f"{ids}\n")
         if answers is not None:
             answers.add({"question": question}, answer, ONLY)
 

@@ -82,7 +82,7 @@ def run_rank(config: ComparisonConfig, phases: Any) -> None:
     with work_bar("compare", work, shown=runtime.rank == 0) as bar:
         found = Measurement(runtime, plan, bar).run()
     if runtime.rank == 0:
-        print_piece(tables(plan, found))
+        print_piece(tables(plan, found), kept=config.output.path is not None)
         _write(config, runtime, plan, found)
     runtime.close()
 

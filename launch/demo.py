@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 
 from launch.demo_text import FACTS, demo_document
@@ -38,6 +39,7 @@ from launch.options import parse
 from launch.progress import encode_bar
 from launch.ranks import join_launcher, start_ranks
 from launch.start import begin_rank, check_launch, run_program
+from ringstar.checks import check_positions
 from ringstar.config import Config, RingConfig, StarConfig, StrategyConfig
 from ringstar.errors import UserError
 from ringstar.models import ModelFiles, choose_dtype, find_model, quiet_transformers
@@ -76,6 +78,10 @@ def _run(arguments: Sequence[str], reporter: Reporter) -> int:
     check_launch(config)
     _say(f"model: {config.model.path or config.model.name} (the first time it is converted once)")
     files = find_model(config.model, config.rope)
+    if isinstance(config.strategy, StarConfig):
+        check_positions(config.strategy, files, TOKENS)
+    elif why := _why_no_star(files):
+        _say(f"star is left out: {why}")
     with tempfile.TemporaryDirectory(prefix="ringstar-demo-") as folder:
         request = _write_request(files, Path(folder))
         given = [
@@ -133,7 +139,7 @@ def _answer_as_rank(config: Config, phases: Any) -> None:
     runtime = LongContext(config, files, *make_ranks(config.transport, phases))
     runs: dict[str, Any] = {}
     logits: dict[str, torch.Tensor] = {}
-    for strategy in _strategies(config.strategy):
+    for strategy in _strategies(config.strategy, files):
         runs[strategy.name], given = _one_run(runtime, request, strategy)
         logits |= {f"{strategy.name} {number}": row for number, row in enumerate(given)}
     if runtime.rank == 0:
@@ -144,11 +150,19 @@ def _answer_as_rank(config: Config, phases: Any) -> None:
     runtime.close()
 
 
-def _strategies(chosen: StrategyConfig) -> tuple[StrategyConfig, StrategyConfig]:
-    """An exact one and star; the one that was chosen has its settings."""
+def _strategies(chosen: StrategyConfig, files: ModelFiles) -> list[StrategyConfig]:
+    """An exact one, and star if it can be; the one that was chosen has its settings."""
     if isinstance(chosen, StarConfig):
-        return RingConfig(), chosen
-    return chosen, StarConfig()
+        return [RingConfig(), chosen]
+    return [chosen] if _why_no_star(files) else [chosen, StarConfig()]
+
+
+def _why_no_star(files: ModelFiles) -> str | None:
+    try:
+        check_positions(StarConfig(), files, TOKENS)
+    except UserError as error:
+        return error.allowed.partition(";")[0]
+    return None
 
 
 def _one_run(
@@ -199,17 +213,17 @@ def _compare(
             for name, run in runs.items()
         ]
         question = fact.question.removeprefix("According to the text above, ")
-        table.add_row(question, files.decode(want.ids).strip(), *told)
+        table.add_row(question, Text(files.decode(want.ids).strip()), *told)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     console.print(_costs(runs, plain))
     return _verdict(runs, plain)
 
 
-def _told(answer: dict[str, Any], want: PlainAnswer, logits: torch.Tensor) -> str:
+def _told(answer: dict[str, Any], want: PlainAnswer, logits: torch.Tensor) -> Text:
     difference = (logits - want.first_logits).norm() / want.first_logits.norm()
     text = "the same" if answer["ids"] == want.ids else answer["text"].strip()
-    return f"{text}\n(logits differ by {difference:.1e})"
+    return Text(f"{text}\n(logits differ by {difference:.1e})")  # brackets are no markup
 
 
 def _costs(runs: dict[str, Any], plain: _Plain) -> Table:
@@ -231,7 +245,7 @@ def _costs(runs: dict[str, Any], plain: _Plain) -> Table:
 
 
 def _verdict(runs: dict[str, Any], plain: _Plain) -> int:
-    (exact, run), (star, approximate) = runs.items()
+    (exact, run), *others = runs.items()
     faults = []
     for number, (fact, want) in enumerate(zip(FACTS, plain.answers, strict=True), 1):
         answer = run["answers"][number - 1]
@@ -244,9 +258,11 @@ def _verdict(runs: dict[str, Any], plain: _Plain) -> int:
     if faults:
         return FAULT
     print(f"Every answer of {exact} is right, and the same as on one device.")
-    found = [f.expected in a["text"] for f, a in zip(FACTS, approximate["answers"], strict=True)]
-    print(f"{star} is approximate: {sum(found)} of its {len(found)} answers are right.\n")
-    print("Next, your own document:\n")
+    for star, approximate in others:
+        answers = approximate["answers"]
+        found = [fact.expected in a["text"] for fact, a in zip(FACTS, answers, strict=True)]
+        print(f"{star} is approximate: {sum(found)} of its {len(found)} answers are right.")
+    print("\nNext, your own document:\n")
     print("  .venv/bin/python -m launch.generate launch.nproc=4 model=smollm2 \\")
     print("      document.path=YOUR.txt question='YOUR QUESTION' output.path=result.json")
     print(

@@ -180,7 +180,7 @@ def _report(
 ) -> None:
     """Tables, the result, and the pictures."""
     found = results(plan, lines)
-    print_piece(tables(plan, found))
+    print_piece(tables(plan, found), kept=config.output.path is not None)
     write_result(config, result_of(config, files, plan, found))
     pictures = picture_paths(config)
     if pictures is None:

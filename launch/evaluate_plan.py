@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch.evaluate_prompt import prompt_ids, token_counter
 from launch.evaluate_star import KEY, NONE, Contender, contenders
-from launch.inputs import read_text
+from launch.inputs import is_stream, read_text
 from launch.sizes import listed, read_lengths
 from ringstar.checks import check_fits
 from ringstar.config import EvaluateConfig, EvaluationConfig
@@ -163,8 +163,7 @@ def _read_qa(path: str) -> QuestionSet:
 
 def _file_text(key: str, path: str) -> str:
     """Of a file: a run that goes on reads it again."""
-    file = Path(path).expanduser()
-    if path == "-" or (file.exists() and not file.is_file()):
+    if is_stream(path):
         raise UserError(key, path, "the name of a text file is needed")
     return read_text(key, path)
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from launch.encode import encoded_document
@@ -63,9 +64,10 @@ def run_rank(config: Config, phases: Any) -> None:
     if runtime.rank == 0 and config.document.ids_path is None:
         log.info(f"prompt split by {files.prompt.source}")
     document = encoded_document(config, runtime, request)
-    answer = runtime.ask(document, request.query_ids, on_text=print_piece)
+    show = partial(print_piece, kept=config.output.path is not None)
+    answer = runtime.ask(document, request.query_ids, on_text=show)
     if runtime.rank == 0:
-        print_piece("\n" if files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
+        show("\n" if files.tokenizer else f"{' '.join(map(str, answer.ids))}\n")
         result = result_of(runtime, document, answer)
         _say_summary(result, loaded=config.document.load is not None)
         write_result(config, result)

@@ -46,6 +46,8 @@ from ringstar.models import ModelFiles
 from ringstar.ranks import make_ranks, under_torchrun
 from ringstar.runtime import LongContext
 
+_WHAT_RUNS = ("--model", "--model_args", "--device", "--batch_size")
+_OURS = "what runs is said by our own options; --help lists them"
 NO_LM_EVAL = "is not installed: pip install 'ringstar[lm-eval]'"
 _NOT_FOUND = "Tasks not found"  # as lm-eval begins to say it
 # arguments with which every process would report
@@ -89,9 +91,9 @@ def parsed(theirs: Sequence[str], files: ModelFiles) -> Namespace:
     """lm-eval's arguments as it takes them apart itself; it ends the process for wrong ones."""
     from lm_eval._cli import HarnessCLI
 
-    for name in ("--model", "-M", "--model_args", "-a", "--device", "--batch_size", "-b"):
-        if any(argument.partition("=")[0] == name for argument in theirs):
-            raise UserError(name, None, "what runs is said by our own options; --help lists them")
+    for argument in theirs:
+        if name := _says_what_runs(argument):
+            raise UserError(name, None, _OURS)
     # tasks that make their texts to measure look for the tokenizer here
     model_args = json.dumps({"pretrained": str(files.folder)})  # a path may hold a comma
     whole = ["lm_eval", "run", "--model", "ringstar", "--model_args", model_args]
@@ -105,13 +107,25 @@ def parsed(theirs: Sequence[str], files: ModelFiles) -> Namespace:
     return arguments
 
 
+def _says_what_runs(argument: str) -> str | None:
+    """The option of lm-eval that is ours to say, if it is one, shortened or not."""
+    name = argument.partition("=")[0]
+    if name.startswith("--"):
+        return next((each for each in _WHAT_RUNS if len(name) > 2 and each.startswith(name)), None)
+    return name[:2] if name[:2] in ("-M", "-a", "-b") else None
+
+
 def _of_file(arguments: Namespace) -> dict[str, Any]:
     """What the config file says, if there is one, which is then done with."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     path = getattr(arguments, "config", None)
     arguments.config = None
-    return EvaluatorConfig.load_yaml_config(path) if path else {}
+    found = EvaluatorConfig.load_yaml_config(path) if path else {}
+    for option in _WHAT_RUNS:
+        if found.get(option.removeprefix("--")) is not None:
+            raise UserError("--config", path, f"{option.removeprefix('--')}: {_OURS}")
+    return found
 
 
 def _check(arguments: Namespace) -> None:

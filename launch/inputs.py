@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ringstar.checks import check_fits, check_ids
-from ringstar.config import AskConfig, Config, DocumentConfig, ScoreConfig
+from ringstar.config import Config, DocumentConfig
 from ringstar.errors import UserError, reason
 from ringstar.letters import has_half_letters
 from ringstar.models import ModelFiles
@@ -22,12 +23,17 @@ from ringstar.store import saved_ids
 STDIN = "-"
 # options that name a text, which may come through a pipe, and those that name any file to read, in
 # whichever command has them
-_TEXTS = ("document.path", "question_path", "questions.path", "score.path")
+_TEXTS = (
+    "document.path",
+    "document.ids_path",
+    "question_path",
+    "questions.path",
+    "questions.documents_path",
+    "score.path",
+)
 INPUTS = (
     *_TEXTS,
     "model.path",
-    "document.ids_path",
-    "questions.documents_path",
     "evaluate.essay_path",
     "evaluate.qa_path",
     "bench.against",
@@ -100,7 +106,7 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
     Yields the config that names that file, and the options that say the same.
     """
     check_one_reader(config)
-    piped = {key: path for key, path in given_paths(config, _TEXTS).items() if _is_stream(path)}
+    piped = {key: path for key, path in given_paths(config, _TEXTS).items() if is_stream(path)}
     if not piped:
         yield config, {}
         return
@@ -108,15 +114,23 @@ def standard_input_kept(config: C) -> Iterator[tuple[C, dict[str, str]]]:
         copies = {key: str(Path(folder) / key) for key in piped}
         for key, path in piped.items():
             Path(copies[key]).write_bytes(_read_bytes(key, path))
-        document = replace(config.document, path=copies.get("document.path", config.document.path))
-        question_path = copies.get("question_path", config.question_path)
-        kept = replace(config, document=document, question_path=question_path)
-        if isinstance(kept, AskConfig) and "questions.path" in copies:
-            questions = replace(kept.questions, path=copies["questions.path"])
-            kept = replace(kept, questions=questions)
-        if isinstance(kept, ScoreConfig) and "score.path" in copies:
-            kept = replace(kept, score=replace(kept.score, path=copies["score.path"]))
-        yield kept, copies
+        kept = reduce(lambda made, item: _changed(made, *item), copies.items(), config)
+        try:
+            yield kept, copies
+        except UserError as error:  # as it was given, and not as it is named here
+            shown = str(error.value)
+            for key, copy in copies.items():
+                shown = shown.replace(copy, piped[key])
+            raise UserError(error.key, error.value and shown, error.allowed) from error
+
+
+def _changed(config: C, key: str, value: str) -> C:
+    """The config with another value for one option."""
+    section, _, name = key.rpartition(".")
+    whole: dict[str, Any] = {name: value}
+    return replace(
+        config, **({section: replace(getattr(config, section), **whole)} if section else whole)
+    )
 
 
 def each_line(key: str, path: str, form: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
@@ -236,10 +250,10 @@ def check_one_reader(config: Config) -> None:
     """Raise UserError if two options would read standard input."""
     readers = [key for key, path in given_paths(config, _TEXTS).items() if path == STDIN]
     if len(readers) > 1:
-        raise UserError(readers[1], STDIN, "standard input is the document already")
+        raise UserError(readers[1], STDIN, f"standard input is {readers[0]} already")
 
 
-def _is_stream(path: str) -> bool:
+def is_stream(path: str) -> bool:
     """Whether it can be read only once: standard input, or a pipe with a name."""
     try:
         file = Path(path).expanduser()
@@ -249,9 +263,10 @@ def _is_stream(path: str) -> bool:
 
 
 def _read_bytes(key: str, path: str) -> bytes:
+    if under_torchrun() and is_stream(path):
+        what = "standard input" if path == STDIN else "a pipe"
+        raise UserError(key, path, f"ranks cannot share {what}; use launch.nproc")
     if path == STDIN:
-        if under_torchrun():
-            raise UserError(key, path, "ranks cannot share standard input; use launch.nproc")
         return sys.stdin.buffer.read()
     try:
         return Path(path).expanduser().read_bytes()

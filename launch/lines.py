@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import Any
 
 from launch.faults import Fault
 from ringstar.errors import UserError, reason
+from ringstar.files import lock
+
+_TAKEN = "another run is adding to it; give another output.path, or let it end"
 
 
 def whole_lines(path: str | Path) -> list[str]:
@@ -39,7 +41,8 @@ class LineLog:
     def __init__(self, path: str | Path, before: int | None = None):
         self._path = Path(path).expanduser()
         self._file = self._path.open("ab", buffering=0)
-        _lock(self._path, self._file.fileno(), fcntl.LOCK_EX)
+        if not lock(self._file.fileno()):
+            raise UserError("output.path", path, _TAKEN)
         whole = _whole(self._path)
         if before not in (None, whole.count(b"\n")):
             self._file.close()
@@ -67,15 +70,5 @@ def check_free(path: str | Path) -> None:
     target = Path(path).expanduser()
     if target.exists():
         with target.open("rb") as file:
-            _lock(target, file.fileno(), fcntl.LOCK_SH)  # every rank may look at once
-
-
-def _lock(path: Path, file: int, how: int) -> None:
-    """Until the file is closed; a file system without locks goes without."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        why = "another run is adding to it; give another output.path, or let it end"
-        raise UserError("output.path", path, why) from error
-    except OSError:
-        pass
+            if not lock(file.fileno(), shared=True):  # every rank may look at once
+                raise UserError("output.path", path, _TAKEN)

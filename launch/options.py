@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -23,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ringstar import config as schema
 from ringstar.errors import UserError
 
-CONFIG_DIR = Path(str(files("configs")))
+# not by import: a folder `configs` of the user's would come first
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("strategy", "transport", "kernel", "model", "experiment")
 _TEXT_KEYS = {
     *("question", "document.text", "generation.stop", "model.cache_dir", "launch.report"),

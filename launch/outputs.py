@@ -19,7 +19,7 @@ from launch.inputs import STDIN, given_paths
 from ringstar.config import Config
 from ringstar.errors import UserError, reason
 from ringstar.files import write_atomically
-from ringstar.store import check_place
+from ringstar.store import check_place, unfinished_place
 from ringstar.trace import trace_path
 
 # options of the config that say which model computes, and how
@@ -41,6 +41,8 @@ def check_writable(config: Config) -> None:
     _check_no_trace(config)
     if config.document.save is not None:
         check_place("document.save", config.document.save)
+        if config.document.checkpoint_every is not None:
+            check_place("document.save", unfinished_place(config.document.save))
 
 
 def _check_no_input(config: Config) -> None:

@@ -98,7 +98,7 @@ def _score_continuations(config: ScoreConfig, runtime: LongContext, plan: Plan) 
         (score,) = runtime.score(document, [each.ids], after=after)
         lines.append(json.dumps(line_of(each, score), ensure_ascii=False) + "\n")
         if first and path is None:
-            print_piece(lines[-1])
+            print_piece(lines[-1], kept=False)
     if first and path is not None:
         write_file("output.path", path, "".join(lines))
         write_config(config, path)
@@ -128,7 +128,7 @@ def _score_document(config: ScoreConfig, runtime: LongContext, plan: Plan) -> No
     if runtime.rank != 0:
         return
     result = result_of(config, runtime, plan, score, seconds)
-    print_piece(table(result))
+    print_piece(table(result), kept=config.output.path is not None)
     write_result(config, result)
     _draw(config, runtime, score)
 

@@ -17,6 +17,7 @@ from launch.ranks import join_launcher, start_ranks
 from launch.streams import open_streams, print_every_letter, show_choices
 from ringstar.config import Config
 from ringstar.errors import UserError
+from ringstar.memory import disk_place
 from ringstar.ranks import check_gpus, check_ranks, check_strategy, under_torchrun
 from ringstar.trace import check_profile
 
@@ -82,6 +83,8 @@ def begin_rank(config: Config) -> None:
 def check_launch(config: Config) -> None:
     """What can be refused before any rank is started."""
     check_profile(config.profile)
+    if config.cache.offload == "disk":
+        disk_place(config.cache)
     nproc, transport = config.launch.nproc, config.transport
     if nproc is None:
         return

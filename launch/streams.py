@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launch.faults import say_line
+from launch.faults import Fault, say_line
 from ringstar.errors import reason
 
 
@@ -40,13 +40,19 @@ def print_every_letter() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def print_piece(piece: str) -> None:
-    """Print at once; a pipe that nobody reads any more, or a disk that is full, ends no run."""
+def print_piece(piece: str, *, kept: bool = True) -> None:
+    """Print at once; a pipe that nobody reads any more ends no run, nor does a disk that is full.
+
+    The latter does, with a Fault, if what is printed is not `kept` elsewhere.
+    """
     try:
         print(piece, end="", flush=True)
-    except OSError as error:  # the result is still made and written
+    except OSError as error:
+        why = f"standard output cannot be written: {reason(error)}"
+        if not kept and not isinstance(error, BrokenPipeError):
+            raise Fault(why) from error
         if not isinstance(error, BrokenPipeError):
-            say_line(f"standard output cannot be written: {reason(error)}")
+            say_line(why)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

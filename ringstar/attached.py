@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -76,6 +77,8 @@ class Attached:
         first = self._ranks.transports[0]
         self.transport, self.world_size, self.rank = first.name, first.world_size, first.rank
         self._said: set[str] = set()
+        self._name = uuid.uuid4().hex
+        self._engines: dict[int, RankEngine] = {}
         self._on_progress = on_progress if on_progress and self.rank == 0 else lambda _: None
         self._undo = ExitStack()
         try:
@@ -133,7 +136,13 @@ class Attached:
     def detach(self) -> None:
         """Make the model what it was, and leave the group of ranks if it was made for it."""
         self._undo.close()
+        self._settle()
         self._leave()
+
+    def _settle(self) -> None:
+        """Give back the memory of texts that the script has no more."""
+        for engine in self._engines.values():
+            engine.pool.settle()
 
     def _leave(self) -> None:
         for transport in self._ranks.transports if self._made else ():
@@ -147,8 +156,18 @@ class Attached:
             TransportError: ranks came to different results.
         """
         clocks = self.world_size if len(self._ranks.transports) < self.world_size else 1
-        kwargs = check_generation(self._model, self._generate, args, kwargs, clocks=clocks)
+        strategy, facts = self.config.strategy, self._facts
+        kwargs = check_generation(
+            self._model,
+            self._generate,
+            args,
+            kwargs,
+            clocks=clocks,
+            check_length=lambda tokens: check_positions(strategy, facts, tokens),
+        )
         made = self._generate(*args, **kwargs)
+        kwargs.clear()  # its past_key_values
+        self._settle()
         ids = (made if isinstance(made, Tensor) else made.sequences).tolist()
         self._ranks.run(lambda transport: transport.check_agreement("answer", ids))
         return made
@@ -175,8 +194,7 @@ class Attached:
         if torch.is_autocast_enabled(device):
             why = "ranks compute in the model's own dtype; load the model in the one you want"
             raise UserError("torch.autocast", torch.get_autocast_dtype(device), why)
-        own = [transport.rank for transport in self._ranks.transports]
-        past = sharded_past(past_key_values, own, self.world_size)
+        past = sharded_past(past_key_values, self._name, self.world_size)
         shards = next(iter(past.shards.values()), [])
         seen = [shard.tokens for shard in shards]
         facts = (self._facts.window, self._facts.rope_by_length)
@@ -202,6 +220,8 @@ class Attached:
                 for shards in past.shards.values()
                 for shard, start in zip(shards, seen or [0] * len(new), strict=True)
             )
+            if past.whole and not seen:
+                past.reset()  # the next call may have another batch
             raise
         past.columns, past.whole = columns, True
         shaped = logits.clone().view(len(new), last, -1).to(self._model.dtype)

@@ -23,6 +23,8 @@ def token_ids(
     """Token ids of what a user gave as text or as ids; raises UserError."""
     if isinstance(given, str):
         ids = tokenize(given) if given.strip() else []
+    elif isinstance(given, bytes):
+        raise UserError(key, None, "bytes are no text: decode them first")
     else:
         try:
             ids = [operator.index(token) for token in given]
@@ -30,6 +32,12 @@ def token_ids(
             raise UserError(key, None, f"token ids must be integers ({error})") from error
     check_ids(key, ids, vocab_size)
     return ids
+
+
+def check_texts(key: str, given: Sequence[Text]) -> None:
+    """Raise UserError for one text in place of several: each letter would be one."""
+    if isinstance(given, str | bytes):
+        raise UserError(key, None, "is one text, and a list of them is needed")
 
 
 def check_ids(key: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import starattn
@@ -473,6 +474,9 @@ Rule = tuple[str, object, bool, str]
 
 def _rules(config: Config) -> Iterator[Rule]:
     strategy, transport, model = config.strategy, config.transport, config.model
+    known = isinstance(strategy, RingConfig | StarConfig | DenseConfig)
+    allowed = "allowed: RingConfig(...), StarConfig(...) or DenseConfig()"
+    yield "strategy", getattr(strategy, "name", strategy), known, allowed
     yield _one_of("strategy", strategy.name, STRATEGIES)
     if isinstance(strategy, RingConfig):
         yield _one_of("strategy.layout", strategy.layout, LAYOUTS)
@@ -601,15 +605,23 @@ def _tokens(size: int | str | None) -> int | None:
 
 def _generation_rules(generation: GenerationConfig) -> Iterator[Rule]:
     temperature, top_p = generation.temperature, generation.top_p
+    some = generation.max_new_tokens is not None
+    yield "generation.max_new_tokens", None, some, "allowed: an integer above 0"
     yield _count("generation.max_new_tokens", generation.max_new_tokens)
-    finite = 0 <= temperature < float("inf")
+    finite = _is_number(temperature) and 0 <= temperature < float("inf")
     yield "generation.temperature", temperature, finite, "allowed: 0 (greedy) or more"
-    yield "generation.top_p", top_p, 0 < top_p <= 1, "allowed: above 0, at most 1"
-    in_range = -(2**63) <= generation.seed < 2**64
-    yield "generation.seed", generation.seed, in_range, "allowed: an integer of 64 bits"
-    listed = isinstance(generation.stop, list)
-    yield "generation.stop", generation.stop, listed, "allowed: a list of texts"
-    yield "generation.stop", "", all(generation.stop), "a stop text cannot be empty"
+    share = _is_number(top_p) and 0 < top_p <= 1
+    yield "generation.top_p", top_p, share, "allowed: above 0, at most 1"
+    seed, stop = generation.seed, generation.stop
+    in_range = isinstance(seed, Integral) and -(2**63) <= seed < 2**64
+    yield "generation.seed", seed, in_range, "allowed: an integer of 64 bits"
+    listed = isinstance(stop, list) and all(isinstance(text, str) for text in stop)
+    yield "generation.stop", stop, listed, "allowed: a list of texts"
+    yield "generation.stop", "", all(stop), "a stop text cannot be empty"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> Rule:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ringstar.answers import Answer
+from ringstar.checks import token_ids
 from ringstar.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,14 @@ class Conversation:
 
     def add(self, question: str | Sequence[int], answer_ids: Sequence[int]) -> None:
         """A turn that was answered elsewhere or earlier; it is read with the next one."""
-        self._add(self._turn_ids(question), answer_ids)
+        files = self._runtime.files
+        if isinstance(answer_ids, str):
+            why = (
+                "token ids are needed, as Answer.ids has them; files.more_ids makes some of a text"
+            )
+            raise UserError("answer_ids", answer_ids, why)
+        answer = token_ids("answer_ids", answer_ids, files.more_ids, files.vocab_size)
+        self._add(self._turn_ids(question), answer)
 
     def _add(self, ids: Sequence[int], answer_ids: Sequence[int]) -> None:
         self.ids += [*ids, *answer_ids]
@@ -48,8 +56,5 @@ class Conversation:
 
     def _turn_ids(self, question: str | Sequence[int]) -> list[int]:
         files = self._runtime.files
-        if not isinstance(question, str):
-            return list(question)
-        if not question.strip():
-            raise UserError("question", None, "is empty; at least one token is needed")
-        return files.next_query_ids(question) if self._turns else files.query_ids(question)
+        tokenize = files.next_query_ids if self._turns else files.query_ids
+        return token_ids("question", question, tokenize, files.vocab_size)

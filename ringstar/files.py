@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from pathlib import Path
@@ -23,3 +24,17 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except BaseException:
         making.unlink(missing_ok=True)
         raise
+
+
+def lock(handle: int, *, shared: bool = False) -> bool:
+    """Whether nobody else has this file or folder; it is ours until the handle is closed.
+
+    A file system without locks goes without.
+    """
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

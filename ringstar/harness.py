@@ -28,7 +28,7 @@ except ImportError as error:
     raise ImportError("lm-eval is not installed: pip install 'ringstar[lm-eval]'") from error
 
 from ringstar.checks import check_any_length
-from ringstar.config import GenerationConfig, StarConfig
+from ringstar.config import GenerationConfig, StarConfig, check_generation
 from ringstar.errors import Refusal, UserError
 from ringstar.runtime import Document, LongContext
 from ringstar.scores import Score
@@ -42,8 +42,20 @@ R = TypeVar("R")
 STAR_QUERY_TOKENS = 256
 MAX_GEN_TOKS = 256
 _MOST_TEXTS = 64
-# what a task may ask of sampling without changing what is generated
-_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "top_k": 0}
+# what a task may ask for without changing what is generated
+_NEUTRAL = {
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "min_p": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "top_k": 0,
+    "typical_p": 1.0,
+    "use_cache": True,
+}
+_OF_SAMPLING = ("min_p", "top_k", "typical_p")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,9 @@ class RingstarLM(TemplateLM):
         super().__init__()
         if (runtime is None) == (pretrained is None):
             raise UserError("pretrained", pretrained, "needed: a model's folder, or a runtime")
+        if runtime is not None and options:
+            name, value = next(iter(options.items()))
+            raise UserError(name, value, "the runtime that is given has its own; drop it")
         self.runtime = runtime or LongContext.from_pretrained(str(pretrained), **options)
         if self.runtime.files.tokenizer is None:
             raise UserError("pretrained", pretrained, "has no tokenizer, and tasks are text")
@@ -286,23 +301,41 @@ class RingstarLM(TemplateLM):
         samples = bool(kwargs.pop("do_sample"))
         stop = [text for text in kwargs.pop("until") if text]
         new, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
-        top_p = kwargs.pop("top_p", None) or 1.0
+        top_p = kwargs.pop("top_p", None)
         for name, value in kwargs.items():
-            neutral = value is None or (name == "top_k" and not samples)
+            neutral = value is None or (name in _OF_SAMPLING and not samples)
             if not neutral and value != _NEUTRAL.get(name):
                 raise UserError(
                     f"generation_kwargs.{name}", value, "the runtime has no such option"
                 )
         if not samples:
             return GenerationConfig(new, stop=stop)
+        if temperature <= 0:
+            why = "do_sample needs one above 0"
+            raise UserError("generation_kwargs.temperature", temperature, why)
+        self._warn_of_sampling(asked)
+        # of neighbouring seeds none may have the samples of another
+        seed = random.Random(f"{self._seed}/{number}").getrandbits(31)
+        share = 1.0 if top_p is None else top_p
+        chosen = GenerationConfig(new, temperature, share, seed, stop)
+        check_generation(chosen)
+        return chosen
+
+    def _warn_of_sampling(self, asked: dict[str, Any]) -> None:
+        """Say what lm-eval's own backend would sample by, where a task does not say."""
         if asked.get("top_k") is None:
             self._warn(
                 "a task that samples names no top_k: all tokens are sampled from, and in lm-eval's"
                 " own backend the 50 likeliest, or as many as generation_config.json says"
             )
-        # of neighbouring seeds none may have the samples of another
-        seed = random.Random(f"{self._seed}/{number}").getrandbits(31)
-        return GenerationConfig(new, temperature, top_p, seed, stop)
+        theirs = self.runtime.files.sampling_limits()
+        unheard = [name for name in theirs if asked.get(name) is None]
+        if unheard:
+            self._warn(
+                f"generation_config.json limits sampling by {', '.join(unheard)}, which a task that"
+                " samples does not name: there is no such limit here, and in lm-eval's own backend"
+                " there is"
+            )
 
     def _each(
         self,

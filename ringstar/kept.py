@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from ringstar.store import (
     Manifest,
     check_saved,
     dealt,
+    give_back,
     is_saved,
     move_saved,
     read_ids,
@@ -34,6 +36,8 @@ from ringstar.store import (
     read_shard,
     remove_saved,
     saved_needs,
+    take_folder,
+    unfinished_place,
     write_shards,
 )
 from seqpar import Transport
@@ -44,8 +48,24 @@ if TYPE_CHECKING:
 
 def save(runtime: LongContext, document: Document, folder: str) -> None:
     """`LongContext.save`."""
-    write(runtime, document, folder, None)
+    check_held(document, runtime)
+    with _alone(runtime, folder, wait=True):
+        write(runtime, document, folder, None)
     runtime.group.say(f"document of {document.tokens:,} tokens saved to {folder}")
+
+
+@contextmanager
+def _alone(runtime: LongContext, folder: str, *, wait: bool) -> Iterator[None]:
+    """No other run writes to this folder meanwhile; else UserError, or it is waited for."""
+    path = Path(folder).expanduser()
+    took = runtime.group.run(lambda transport: take_folder(transport, path, wait=wait))
+    (_, wrong), handles = took[0], [handle for handle, _ in took if handle is not None]
+    if wrong is not None:
+        raise UserError("document.save", folder, wrong)
+    try:
+        yield
+    finally:
+        give_back(handles, path)
 
 
 def write(runtime: LongContext, document: Document, folder: str, before: Manifest | None) -> None:
@@ -112,7 +132,19 @@ def encode_kept(
     length: int,
 ) -> Document:
     """`LongContext.encode_kept`, of token ids that fit."""
-    unfinished = f"{folder.rstrip('/')}.unfinished"
+    with _alone(runtime, unfinished_place(folder), wait=False):
+        return _encode_kept(runtime, ids, folder, checkpoint_every, on_progress, length)
+
+
+def _encode_kept(
+    runtime: LongContext,
+    ids: list[int],
+    folder: str,
+    checkpoint_every: int,
+    on_progress: OnProgress | None,
+    length: int,
+) -> Document:
+    unfinished = unfinished_place(folder)
     length = max(length, len(ids))
     made = _unfinished(runtime, unfinished, ids, length)
     seconds, sent = 0.0, [0] * runtime.world_size

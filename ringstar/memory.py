@@ -52,14 +52,19 @@ def make_place(config: CacheConfig, device: torch.device) -> Place | None:
     if config.offload == "none":
         return None
     if config.offload == "disk":
-        try:
-            return DiskPlace(config.offload_path)
-        except OSError as error:
-            raise UserError("cache.offload_path", config.offload_path, reason(error)) from error
+        return disk_place(config)
     if device.type == "cpu":
         why = "KV is in host memory already; allowed on the CPU: disk, none"
         raise UserError("cache.offload", "host", why)
     return HostPlace()
+
+
+def disk_place(config: CacheConfig) -> DiskPlace:
+    """The folder of `offload=disk`; raises UserError."""
+    try:
+        return DiskPlace(config.offload_path)
+    except (OSError, RuntimeError) as error:  # the latter: a ~name of nobody
+        raise UserError("cache.offload_path", config.offload_path, reason(error)) from error
 
 
 def _memory_id(device: torch.device) -> int:

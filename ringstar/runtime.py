@@ -15,7 +15,14 @@ import torch
 
 from ringstar import kept, scoring
 from ringstar.answers import Answer, collect
-from ringstar.checks import Text, check_fits, check_ids, choose_kernel, token_ids
+from ringstar.checks import (
+    Text,
+    check_fits,
+    check_ids,
+    check_texts,
+    choose_kernel,
+    token_ids,
+)
 from ringstar.config import (
     CacheConfig,
     Config,
@@ -30,6 +37,7 @@ from ringstar.config import (
     check,
     check_generation,
     config_of,
+    strategy_config,
 )
 from ringstar.conversation import Conversation
 from ringstar.document import Document, Shelf
@@ -48,7 +56,7 @@ from ringstar.models import (
 from ringstar.ranks import Ranks, check_ranks, check_strategy, make_ranks
 from ringstar.scores import Score, ScoredText, SpreadScores
 from ringstar.shard import TextShard
-from ringstar.store import check_place, fingerprint
+from ringstar.store import check_place, fingerprint, unfinished_place
 from ringstar.strategies import describe, make_strategy
 from ringstar.trace import Trace, engine_parts
 from seqpar import Transport
@@ -208,7 +216,7 @@ class LongContext:
         document: Text,
         on_progress: OnProgress | None = None,
         *,
-        strategy: StrategyConfig | None = None,
+        strategy: str | StrategyConfig | None = None,
         length: int = 0,
     ) -> Document:
         """Encode a document, given as text or as token ids.
@@ -230,7 +238,7 @@ class LongContext:
         documents: Sequence[Text],
         on_progress: OnProgress | None = None,
         *,
-        strategy: StrategyConfig | None = None,
+        strategy: str | StrategyConfig | None = None,
         lengths: Sequence[int] | None = None,
     ) -> list[Document]:
         """Encode several documents together, of any lengths, without padding.
@@ -242,6 +250,7 @@ class LongContext:
         Raises:
             UserError: as `encode`, of any of them; or there are none.
         """
+        check_texts("documents", documents)
         if not documents or (lengths is not None and len(lengths) != len(documents)):
             what = "none are given" if not documents else f"have {len(lengths or ())} lengths"
             raise UserError("documents", len(documents), f"{what}; needed are one or more of each")
@@ -253,12 +262,14 @@ class LongContext:
         self,
         ids: list[list[int]],
         on_progress: OnProgress | None,
-        strategy: StrategyConfig | None,
+        strategy: str | StrategyConfig | None,
         lengths: Sequence[int] | None = None,
         scored: Sequence[ScoredText] = (),
     ) -> tuple[list[Document], list[Score]]:
         """Documents, and the scores of texts of which they are what is read."""
-        chosen, files = strategy or self.config.strategy, self.files
+        files = self.files
+        chosen = strategy_config(strategy) if isinstance(strategy, str) else strategy
+        chosen = chosen or self.config.strategy
         config = replace(self.config, strategy=chosen)
         for document in ids:
             check_fits(config, files, self.world_size, len(document))
@@ -485,12 +496,16 @@ class LongContext:
             shown = on_text if transport.rank == 0 else None
             read = shard.take_up(top, document.tokens + len(before)) - document.tokens
             new = [*before[read:], *ids]
-            with closing(engine.generate(shard, new, chosen, victims)) as steps:
-                made = collect(steps, chosen, ends, tokenizer, shown, until)
-                transport.publish("metrics")
-                sent = transport.counters.bytes_sent - sent
-                sent += document.metrics.bytes_sent[transport.rank]
-                metrics = gather_metrics(transport, shard.cache.nbytes, sent)
+            try:
+                with closing(engine.generate(shard, new, chosen, victims)) as steps:
+                    made = collect(steps, chosen, ends, tokenizer, shown, until)
+                    transport.publish("metrics")
+                    sent = transport.counters.bytes_sent - sent
+                    sent += document.metrics.bytes_sent[transport.rank]
+                    metrics = gather_metrics(transport, shard.cache.nbytes, sent)
+            except BaseException:
+                shard.rewind()  # ranks may have come to different tokens
+                raise
             shard.leave(top)
             times = made.times_s
             return Answer(
@@ -506,7 +521,9 @@ class LongContext:
                 metrics=metrics,
             )
 
-        return self.group.run(answer)[0]
+        found = self.group.run(answer)[0]
+        # ranks make tensors that callers could not change
+        return replace(found, first_logits=found.first_logits.clone())
 
     def score(
         self,
@@ -538,7 +555,7 @@ class LongContext:
         texts: Sequence[Text],
         on_progress: OnProgress | None = None,
         *,
-        strategy: StrategyConfig | None = None,
+        strategy: str | StrategyConfig | None = None,
         starts: Sequence[int] | None = None,
     ) -> list[Score]:
         """The same of several texts, which are encoded together as by `encode_batch`.
@@ -553,6 +570,7 @@ class LongContext:
             UserError: as `encode_batch`, or a text has nothing at its start to be scored.
         """
         to_ids, size = self.files.plain_ids, self.files.vocab_size
+        check_texts("texts", texts)
         ids = [token_ids("text", text, to_ids, size) for text in texts]
         firsts = [1] * len(ids) if starts is None else starts
         scored = [ScoredText(*pair) for pair in zip(ids, firsts, strict=True)]
@@ -561,7 +579,9 @@ class LongContext:
                 what = f"of {len(text.ids)} tokens is scored from the second on, and has none there"
                 raise UserError("text", f"from token {text.start}", what)
         read = [text.read for text in scored]
-        return self._encode(read, on_progress, strategy, scored=scored)[1] if ids else []
+        found = self._encode(read, on_progress, strategy, scored=scored)[1] if ids else []
+        # ranks make tensors that callers could not change
+        return [Score(each.ids, each.logprobs.clone(), each.greedy.clone()) for each in found]
 
     def logits(self, document: Document, ids: Sequence[int], last: int = 1) -> torch.Tensor:
         """What the model expects after each of the last `last` of `ids`, read after a document.
@@ -573,7 +593,7 @@ class LongContext:
             UserError: ids outside the vocabulary, more rows than ids, or too many positions.
         """
         check_held(document, self)
-        check_ids("ids", ids, self.files.vocab_size)
+        ids = token_ids("ids", ids, self.files.query_ids, self.files.vocab_size)
         if not 0 < last <= len(ids):
             raise UserError("last", last, f"allowed: from 1 to the {len(ids)} ids")
         self.check_question(document, len(ids))
@@ -583,13 +603,13 @@ class LongContext:
             engine, shard, victims = self.group.at_hand(transport, document, "score")
             return engine.logits(shard, ids, last, victims)
 
-        return self.group.run(logits)[0].cpu()
+        return self.group.run(logits)[0].cpu().clone()
 
     def save(self, document: Document, folder: str) -> None:
         """Write an encoded document to a folder, whole or not at all.
 
         A document that is saved there already is replaced once the new one is complete.  All
-        ranks write to the same folder, each its share.
+        ranks write to the same folder, each its share; another run that does is waited for.
 
         Raises:
             UserError: the folder holds something else, or there is no room; what was saved there
@@ -613,14 +633,16 @@ class LongContext:
         it up, at the same or another number of ranks.  `length` is as in `encode`.
 
         Raises:
-            UserError: as `encode` and `save`; or the unfinished folder has another document.
+            UserError: as `encode` and `save`; or the unfinished folder has another document, or
+                another run writes to it.
         """
         if isinstance(self.config.strategy, StarConfig):
             why = "star's blocks are encoded in any order; allowed: with ring"
             raise UserError("document.checkpoint_every", checkpoint_every, why)
         if checkpoint_every < 1:
             raise UserError("document.checkpoint_every", checkpoint_every, "allowed: 1 or more")
-        check_place("document.save", folder)
+        for place in (folder, unfinished_place(folder)):
+            check_place("document.save", place)
         ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
         check_fits(self.config, self.files, self.world_size, len(ids))
         return kept.encode_kept(self, ids, folder, checkpoint_every, on_progress, length)

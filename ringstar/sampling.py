@@ -15,7 +15,7 @@ class Sampler:
 
     def __init__(self, settings: GenerationConfig):
         self._temperature, self._top_p = settings.temperature, settings.top_p
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._generator = torch.Generator().manual_seed(int(settings.seed))
 
     def __call__(self, logits_V: Tensor) -> int:
         """The next token for float32 `logits_V (vocab,)`; NO_TOKEN if they are not all finite."""

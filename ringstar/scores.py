@@ -125,13 +125,15 @@ class SpreadScores:
 def _gathered(
     transport: Transport, text: ScoredText, rows: Sequence[Tensor], owned: Sequence[Runs]
 ) -> Score:
-    mine = torch.cat([torch.empty(2, 0, device=transport.device), *rows], 1)  # there may be none
+    mine = torch.cat(
+        [torch.empty(2, 0, dtype=torch.float32, device=transport.device), *rows], 1
+    )  # there may be none
     places = [own_T[own_T >= 0] for own_T in (_positions(o) + 1 - text.start for o in owned)]
     room = mine.new_zeros(2, max(map(len, places)))
     room[:, : mine.shape[1]] = mine
     everyone = room.new_empty(transport.world_size, *room.shape)
     transport.all_gather(room, everyone).wait()
-    whole = torch.empty(2, len(text.scored))
+    whole = mine.new_empty(2, len(text.scored), device="cpu")
     for own_T, theirs in zip(places, everyone.cpu(), strict=True):
         whole[:, own_T] = theirs[:, : len(own_T)]
     return score_of(text.scored, whole)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -16,11 +16,14 @@ from ringstar.paging import Needs, ShardedCache
 from ringstar.tensors import write_tensors
 from seqpar import token_count
 
+# a tensor by name, as pieces (t, ...) that come one after another
+Named = tuple[str, Sequence[Tensor]]
+
 
 class Place(Protocol):
     """Somewhere to put tensors by name, and take them back once."""
 
-    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> Taken: ...
+    def put(self, tensors: Iterable[Named]) -> Taken: ...
 
 
 class Taken(Protocol):
@@ -32,8 +35,8 @@ class Taken(Protocol):
 class HostPlace:
     """Host memory: page-locked where the pages are on a GPU, so that copies are fast."""
 
-    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> Taken:
-        return _InHost({name: _to_host(tensor) for name, tensor in tensors})
+    def put(self, tensors: Iterable[Named]) -> Taken:
+        return _InHost({name: _to_host(pieces) for name, pieces in tensors})
 
 
 class _InHost:
@@ -55,7 +58,7 @@ class DiskPlace:
         with self._new_file():
             pass  # so it can be written
 
-    def put(self, tensors: Iterable[tuple[str, Tensor]]) -> Taken:
+    def put(self, tensors: Iterable[Named]) -> Taken:
         with self._new_file() as file:
             path = Path(f"/dev/fd/{file.fileno()}")
             write_tensors(path, dict(tensors))
@@ -83,10 +86,10 @@ class Stowed:
     def __init__(self, cache: ShardedCache, place: Place):
         tables = [cache.of(window) for window in cache.layers]
         self._state = [(table.runs, table.forgotten) for table in tables]
-        self._taken = place.put(  # one after another: KV in several pieces is joined for it
-            (f"{layer}.{index}", tensor)
+        self._taken = place.put(
+            (f"{layer}.{index}", [piece[0] for piece in pieces])
             for _, layer, kv in cache.all_layers()
-            for index, tensor in enumerate(kv.tensors)
+            for index, pieces in enumerate(kv.pieces)
         )
 
     def needs(self, cache: ShardedCache) -> Needs:
@@ -102,15 +105,18 @@ class Stowed:
             for layer in table.layers:
                 kind = table.view(layer, 0, 0)
                 names = [f"{layer}.{index}" for index in range(len(kind.tensors))]
-                table.write(layer, 0, kind.of(tuple(self._taken.get(name) for name in names)))
+                table.write(layer, 0, kind.of(tuple(self._taken.get(name)[None] for name in names)))
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy."""
+def _to_host(pieces: Sequence[Tensor]) -> Tensor:
+    """A copy, in one piece."""
+    first, shape = pieces[0], [sum(map(len, pieces)), *pieces[0].shape[1:]]
     try:
-        room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        room = torch.empty(shape, dtype=first.dtype, pin_memory=first.is_cuda)
     except RuntimeError as error:  # as CUDA says that the host has no more
         if "out of memory" not in str(error):
             raise
         raise OSError(errno.ENOMEM, str(error)) from error
-    return room.copy_(tensor)
+    for place, piece in zip(room.split([len(piece) for piece in pieces]), pieces, strict=True):
+        place.copy_(piece)
+    return room

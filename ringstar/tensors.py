@@ -1,11 +1,12 @@
-"""A safetensors file, without a second copy of more than one tensor of what goes into it."""
+"""A safetensors file, without a second copy of more than one piece of what goes into it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -38,25 +39,25 @@ def stored_dtype(path: Path) -> torch.dtype | None:
         return None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def write_tensors(path: Path, tensors: Mapping[str, Sequence[Tensor]]) -> tuple[int, str]:
     """Write them one by one, wherever they are; the file's size in bytes and its SHA-256.
 
-    Raises OSError.
+    Each is given as pieces (t, ...), one after another.  Raises OSError.
     """
     header, at = {}, 0
-    for name, tensor in tensors.items():
-        offsets = [at, at := at + tensor.nbytes]
-        shape = list(tensor.shape)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+    for name, pieces in tensors.items():
+        offsets = [at, at := at + sum(piece.nbytes for piece in pieces)]
+        shape = [sum(map(len, pieces)), *pieces[0].shape[1:]]
+        header[name] = {"dtype": DTYPES[pieces[0].dtype], "shape": shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:  # over what a stopped run may have left
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            file.write(piece)
-        for tensor in tensors.values():
-            content = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            file.write(part)
+        for piece in chain.from_iterable(tensors.values()):
+            content = piece.contiguous().cpu().flatten().view(torch.uint8).numpy().data
             digest.update(content)
             file.write(content)
         file.flush()

@@ -5,6 +5,7 @@ B sequences, T tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -43,7 +44,15 @@ class JoinedKV:
         """Those of the only part, or a copy of all; ValueError if parts differ in form."""
         if len(self.parts) == 1:
             return self.parts[0].tensors
-        return tuple(_gathered(pieces) for pieces in _by_tensor(self.parts))
+        return tuple(_gathered(pieces) for pieces in self.pieces)
+
+    @property
+    def pieces(self) -> tuple[tuple[Tensor, ...], ...]:
+        """ValueError if parts differ in form."""
+        each = [part.pieces for part in self.parts]
+        if len({len(pieces) for pieces in each}) > 1:
+            raise ValueError("parts are of several forms: only parts of one form go together")
+        return tuple(tuple(chain.from_iterable(same)) for same in zip(*each, strict=True))
 
     def slice(self, start: int, stop: int) -> KV:
         clipped, at = [], 0
@@ -68,14 +77,6 @@ class JoinedKV:
 def joined_kv(parts: Sequence[KV]) -> KV:
     """`parts` one after another: the only one itself, or a `JoinedKV`."""
     return parts[0] if len(parts) == 1 else JoinedKV(tuple(parts))
-
-
-def _by_tensor(parts: Sequence[KV]) -> list[tuple[Tensor, ...]]:
-    """The first tensor of every part, the second of every part, and so on."""
-    each = [part.tensors for part in parts]
-    if len({len(tensors) for tensors in each}) > 1:
-        raise ValueError("parts are of several forms: only parts of one form can be sent together")
-    return list(zip(*each, strict=True))
 
 
 def _gathered(pieces: tuple[Tensor, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .views import WIDEN_TOKENS, Segment, TensorsKV
+from .views import WIDEN_TOKENS, WIDEN_TOKENS_ON_GPU, Segment, TensorsKV
 
 # what numbers are kept in, and the largest one that a scale is chosen for
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -51,8 +51,9 @@ class QuantKV(TensorsKV):
         return self.k_BTHD, self.v_BTHD, self.k_scale_BTH, self.v_scale_BTH
 
     def segments(self, dtype: torch.dtype) -> Iterator[Segment]:
-        for start in range(0, self.tokens if self.batch else 0, WIDEN_TOKENS):
-            part = self.slice(start, start + WIDEN_TOKENS)
+        step = WIDEN_TOKENS_ON_GPU if self.k_BTHD.is_cuda else WIDEN_TOKENS
+        for start in range(0, self.tokens if self.batch else 0, step):
+            part = self.slice(start, start + step)
             k_BTHD = _widened(part.k_BTHD, part.k_scale_BTH, dtype)
             v_BTHD = _widened(part.v_BTHD, part.v_scale_BTH, dtype)
             yield Segment(slice(0, self.batch), start, k_BTHD, v_BTHD)

@@ -14,8 +14,10 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-# Quantised storage is widened at most this many tokens at a time, to bound the copy.
+# Quantised storage is widened at most this many tokens at a time, to bound the copy; on a GPU,
+# where each time costs a dozen launches whatever it widens, more of them.
 WIDEN_TOKENS = 2048
+WIDEN_TOKENS_ON_GPU = 32768
 
 
 class Segment(NamedTuple):
@@ -62,6 +64,11 @@ class KV(KVView, Protocol):
         """
         ...
 
+    @property
+    def pieces(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Each of `tensors` as pieces (B, t, ...) that come one after another, without a copy."""
+        ...
+
     def slice(self, start: int, stop: int) -> "KV":
         """Tokens [start, stop), without a copy; of the same form even if there are none."""
         ...
@@ -79,6 +86,10 @@ class TensorsKV:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         raise NotImplementedError
+
+    @property
+    def pieces(self) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple((tensor,) for tensor in self.tensors)
 
     @property
     def batch(self) -> int:

@@ -187,8 +187,9 @@ class Report:
             print_piece(comparison(found, how, config.bench.tolerance, str(config.bench.against)))
             result["against"] = [asdict(change) for change in found]
         path = picture_path(config.bench.picture, config.output.path)
-        print_piece(json.dumps(result) + "\n")  # before a disk may be full
         files = [file for file in (config.output.path, path) if file is not None]
+        # before a disk may be full
+        print_piece(json.dumps(result) + "\n", kept=config.output.path is not None)
         there = [file for file in files if Path(file).expanduser().exists()]
         if there and not whole:
             log.info(f"{there[0]} is left as it was: this benchmark is not whole")

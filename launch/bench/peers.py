@@ -19,7 +19,12 @@ from ringstar.errors import in_a_line
 from ringstar.memory import free_memory
 from ringstar.models import ModelFiles, quiet_transformers
 from ringstar.models.one_device import plain_model
-from ringstar.models.plain_generate import BatchGenerate, PlainGenerate, has_attention
+from ringstar.models.plain_generate import (
+    BatchGenerate,
+    PlainGenerate,
+    batching_lacks,
+    has_attention,
+)
 from ringstar.models.smollm2 import smollm2_gguf
 from ringstar.timed import Generates
 
@@ -104,6 +109,12 @@ def _no_attention(request: Request, attention: str) -> str | None:
     if has_attention(request.files, attention):
         return None
     return f"transformers has no {attention} attention for {request.files.config.model_type}"
+
+
+def _why_not_batch(request: Request) -> str | None:
+    if lacks := batching_lacks():
+        return f"transformers {version('transformers')} batches without {', '.join(lacks)}"
+    return _no_attention(request, "sdpa")
 
 
 def _no_room(request: Request, needed: Needed, own: bool = False) -> str | None:
@@ -198,7 +209,7 @@ PEERS: dict[str, Peer] = {
     "hf-sdpa": _plain("sdpa", plain_bytes),
     "hf-batch": Peer(
         lambda _: f"transformers {version('transformers')}, generate_batch, sdpa",
-        lambda request: _no_attention(request, "sdpa"),
+        _why_not_batch,
         lambda request: _no_room(request, batch_bytes),
         _make_batch,
     ),

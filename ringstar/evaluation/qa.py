@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from ringstar.evaluation.material import Material
-from ringstar.evaluation.questions import Item
+from ringstar.evaluation.questions import Item, QuestionSet
 from ringstar.evaluation.samples import Draft, Prompt, seeded
 
 _INSTRUCTION = (
@@ -34,22 +35,26 @@ class QuestionAnswering:
         order = seeded(every).sample(items, len(items))
         first = int(number) % max(1, len(order))
         for item in order[first:] + order[:first]:
-            others = [text for text in questions.paragraphs if text not in item.paragraphs]
-            if others:
-                yield _draft(name, item, others, questions.sha256)
+            if any(text not in item.paragraphs for text in questions.paragraphs):
+                yield _draft(name, item, questions)
 
 
-def _draft(name: str, item: Item, others: list[str], text_sha256: str) -> Draft:
-    draw = seeded(f"{name}/distractors")
-    others = draw.sample(others, len(others))
+def _draft(name: str, item: Item, questions: QuestionSet) -> Draft:
+    @cache  # made once the question's own paragraphs are known to fit
+    def others() -> list[str]:
+        every = [text for text in questions.paragraphs if text not in item.paragraphs]
+        return seeded(f"{name}/distractors").sample(every, len(every))
+
+    def distractor(number: int) -> str:
+        # of a small set each comes again and again
+        return others()[number % len(others())]
 
     def build(units: int, tail: str) -> Prompt:
-        # of a small set each comes again and again
-        distractors = [others[number % len(others)] for number in range(units)]
+        distractors = [distractor(number) for number in range(units)]
         texts = [*item.paragraphs, *distractors, *([tail] if tail else [])]
         seeded(f"{name}/order/{len(texts)}").shuffle(texts)
         listed = "\n\n".join(f"Document {n}:\n{text}" for n, text in enumerate(texts, 1))
         document = f"{_INSTRUCTION}\n\nThe following are given documents.\n\n{listed}"
         return Prompt(document, f"{_INSTRUCTION}\n\nQuestion: {item.question}", "Answer:")
 
-    return Draft(build, lambda number: others[number % len(others)], item.answers, text_sha256)
+    return Draft(build, distractor, item.answers, questions.sha256)

@@ -45,11 +45,18 @@ _SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_generation(
-    model: Any, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any], *, clocks: int
+    model: Any,
+    generate: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    clocks: int,
+    check_length: Callable[[int], None],
 ) -> dict[str, Any]:
     """Raise UserError for a call of `generate` that cannot be what one device returns.
 
-    `clocks` is how many processes decide when to stop.  Returns the keywords to call it with.
+    `clocks` is how many processes decide when to stop; `check_length` is asked about the tokens
+    that will be read at most.  Returns the keywords to call it with.
     """
     bound = inspect.signature(generate).bind(*args, **kwargs).arguments
     given = {**bound.pop("kwargs", {}), **bound}
@@ -66,6 +73,11 @@ def check_generation(
     if settings.max_time is not None and clocks > 1:
         why = "the clocks of ranks differ, so that one would stop before another; allowed: none"
         raise UserError("max_time", settings.max_time, why)
+    prompt = given.get("inputs", given.get("input_ids"))
+    if isinstance(prompt, Tensor):
+        new = settings.max_new_tokens
+        whole = settings.max_length if new is None else prompt.shape[-1] + new
+        check_length((whole or 1) - 1)
     kwargs = {**kwargs, "cache_implementation": None}
     if given.get("past_key_values") is not None:
         if settings.use_cache is False:
@@ -98,13 +110,13 @@ def check_call(arguments: dict[str, Any]) -> None:
         raise UserError(name, type(value).__name__, why)
 
 
-def sharded_past(past: Any, ranks: Sequence[int], world: int) -> ShardedPast:
-    """The past that a call brings, or a new one; UserError for one that these ranks did not make.
+def sharded_past(past: Any, owner: str, world: int) -> ShardedPast:
+    """The past that a call brings, or a new one; UserError for one of another attached model.
 
-    `ranks` are those of this process, of `world` in all.
+    `owner` tells these apart; this one has `world` ranks.
     """
     if past is None:
-        return ShardedPast()
+        past = ShardedPast()
     if not isinstance(past, ShardedPast):
         why = (
             "does not hold what ranks have; leave it out, or pass ringstar.ShardedPast(), or the"
@@ -114,10 +126,11 @@ def sharded_past(past: Any, ranks: Sequence[int], world: int) -> ShardedPast:
     if not past.whole:
         why = "a call that extended it was interrupted; reset() empties it"
         raise UserError("past_key_values", "unfinished", why)
-    made_by = {len(shard.owned) for shards in past.shards.values() for shard in shards}
-    if past.shards and (made_by != {world} or past.shards.keys() != set(ranks)):
-        why = f"was made by {max(made_by)} ranks, and these are {world}"
-        raise UserError("past_key_values", "of other ranks", why)
+    if past.shards and past.owner != owner:
+        made_by = max(len(shard.owned) for shards in past.shards.values() for shard in shards)
+        why = f"was made by another attached model, of {made_by} ranks (this one has {world})"
+        raise UserError("past_key_values", "of others", why)
+    past.owner = owner
     return past
 
 
@@ -155,7 +168,7 @@ def new_tokens(
 def _real(mask: Any, batch: int, tokens: int, columns: int, starts: list[int]) -> Tensor:
     """Which of the new columns are tokens, as bool (batch, tokens); the others are padding."""
     if mask is None:
-        return torch.ones(batch, tokens, dtype=torch.bool)
+        return torch.ones(batch, tokens, dtype=torch.bool, device="cpu")
     if not isinstance(mask, Tensor) or mask.shape != (batch, columns + tokens):
         shape = tuple(getattr(mask, "shape", ()))
         why = f"allowed: (batch, tokens) = ({batch}, {columns + tokens}), of 0 and 1"

@@ -55,6 +55,9 @@ _CHANGES = {
     "exponential_decay_length_penalty": None,
 }
 
+# what it samples from fewer tokens by, and what leaves all
+_LIMITS = {"top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -143,6 +146,11 @@ class ModelFiles(ModelFacts):
         """What generation_config.json asks Hugging Face's own generation for, and not us."""
         own = {} if self.gguf else self._generation_config()
         return [name for name, none in _CHANGES.items() if own.get(name) not in (None, none, [])]
+
+    def sampling_limits(self) -> list[str]:
+        """What generation_config.json limits Hugging Face's own sampling by, top_k left out."""
+        own = {} if self.gguf else self._generation_config()
+        return [name for name, none in _LIMITS.items() if own.get(name) not in (None, none)]
 
     def _generation_config(self) -> dict[str, Any]:
         path = self.folder / "generation_config.json"
@@ -277,6 +285,7 @@ def _path_of(given: str) -> Path:
     try:
         path = Path(given).expanduser()
         if path.exists():
+            (path / "config.json").exists()  # a folder that may not be entered
             return path
         why = "no such file or folder"
     except (OSError, ValueError, RuntimeError) as error:  # the last: a ~name of nobody

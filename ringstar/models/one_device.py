@@ -52,21 +52,24 @@ class OneDevice:
         """Prefill the document; returns the seconds that it took."""
         started = time.perf_counter()
         self._cache, self._context_tokens = DynamicCache(), len(context_ids)
-        self._forward(context_ids)
+        logits = self._forward(context_ids)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
         return time.perf_counter() - started
 
     @torch.inference_mode()
     def ask(self, query_ids: Sequence[int], max_new_tokens: int) -> PlainAnswer:
         """Answer greedily; the document stays as it was."""
         started = time.perf_counter()
-        logits = first_logits = self._forward(query_ids)
+        first_logits = self._forward(query_ids)
         ids: list[int] = []
+        token = int(first_logits.argmax())  # which waits for a GPU
         times = [time.perf_counter()]
-        while (token := int(logits.argmax())) not in self._ends:
+        while token not in self._ends:
             ids.append(token)
             if len(ids) == max_new_tokens:
                 break
-            logits = self._forward([token])
+            token = int(self._forward([token]).argmax())
             times.append(time.perf_counter())
         self._cache.crop(self._context_tokens - self._cache.get_seq_length())  # so many back
         tpot_s = (times[-1] - times[0]) / max(1, len(times) - 1)

@@ -32,6 +32,9 @@ def check_attachable(model: Any) -> ModelFacts:
         raise UserError("model", f"on {where}", "all weights must be on this rank's device")
     if getattr(model, "tp_size", None) not in (None, 1):
         raise UserError("model", f"tp_size={model.tp_size}", "weights must be whole on each rank")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            raise UserError("model", f"config.{name}=True", "ranks make none; allowed: false")
     facts = ModelFacts(config)
     _check_rope(model, facts)
     return facts

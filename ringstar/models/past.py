@@ -13,7 +13,7 @@ class ShardedPast(Cache):
     transformers asks it only how many tokens there are: attention reads its KV elsewhere.
     `shards[rank]` has one entry for each text; `columns` counts tokens as transformers does, the
     padding of a batch among them.  `whole` is false while it is being extended, and stays so if
-    that is interrupted.
+    that is interrupted.  `owner` is the attached model that made it.
     """
 
     is_compileable = False
@@ -24,6 +24,7 @@ class ShardedPast(Cache):
         self.shards: dict[int, list[Any]] = {}
         self.columns = 0
         self.whole = True
+        self.owner: str | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest text, as every layer has them."""

@@ -5,6 +5,7 @@ Both give exactly as many greedy tokens as they are asked for: end tokens end no
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -116,6 +117,12 @@ def has_attention(files: ModelFiles, attention: str) -> bool:
     """Whether transformers has this form (`eager` or `sdpa`) for the model."""
     model: Any = auto_model()._model_mapping[type(files.config)]
     return attention == "eager" or model._supports_sdpa
+
+
+def batching_lacks() -> list[str]:
+    """Settings of continuous batching that this transformers does not have yet."""
+    there = inspect.signature(ContinuousBatchingConfig).parameters
+    return [name for name in ("page_size", "auto_switch_to_flash") if name not in there]
 
 
 def batch_blocks(batch: int, tokens: int) -> int:

@@ -27,13 +27,13 @@ _SUMS = "SHA256.json"
 
 def smollm2_folder(cache_dir: str) -> Path:
     """The converted model's folder, made first if need be; raises UserError."""
-    cache = Path(cache_dir).expanduser()
     try:
+        cache = Path(cache_dir).expanduser()
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{FOLDER}.lock"):  # ranks start together
             if not _is_whole(cache / FOLDER):
                 _convert(_gguf_file(), cache / FOLDER)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: a ~name of nobody, or no home
         raise UserError("model.cache_dir", cache_dir, f"cannot be written: {error}") from error
     return cache / FOLDER
 

@@ -264,11 +264,15 @@ class PagePool:
         for window, group in self.groups.items():
             group.plan(pages.get(window, 0))
 
+    def settle(self) -> None:
+        """Take back what texts had that are gone."""
+        for group in self.groups.values():
+            group.settle()
+
     @property
     def allocated_nbytes(self) -> int:
         """Bytes of all slabs, with the pages in them that are free."""
-        for group in self.groups.values():
-            group.settle()
+        self.settle()
         return self._budget.used
 
     @property

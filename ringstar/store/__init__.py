@@ -13,9 +13,12 @@ from ringstar.store.read import (
 )
 from ringstar.store.write import (
     check_place,
+    give_back,
     is_saved,
     move_saved,
     remove_saved,
+    take_folder,
+    unfinished_place,
     write_shards,
 )
 
@@ -25,6 +28,7 @@ __all__ = [
     "check_saved",
     "dealt",
     "fingerprint",
+    "give_back",
     "is_saved",
     "move_saved",
     "read_ids",
@@ -34,5 +38,7 @@ __all__ = [
     "saved_by",
     "saved_ids",
     "saved_needs",
+    "take_folder",
+    "unfinished_place",
     "write_shards",
 ]

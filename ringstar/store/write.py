@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ringstar.errors import UserError
-from ringstar.files import UNFINISHED, write_atomically
+from ringstar.files import UNFINISHED, lock, write_atomically
 from ringstar.metrics import gather_integers
 from ringstar.shard import TextShard
 from ringstar.store.manifest import (
@@ -32,6 +35,8 @@ from ringstar.store.manifest import (
 from ringstar.tensors import write_tensors
 from seqpar import Runs, Transport, clip, token_count
 
+log = logging.getLogger("ringstar")
+_POLL_S = 0.2
 # beside the KV: headers and the manifest
 _SPARE_BYTES = 1 << 20
 _FOREIGN = errno.ENOTEMPTY  # the folder holds something else
@@ -60,7 +65,8 @@ def write_shards(
     data = folder / (before.data if before else new)
     own_ids = ids[start:] if transport.rank == 0 else ()
     tensors = _tensors(shard, owned[transport.rank], own_ids)
-    sizes = gather_integers(transport, [sum(t.nbytes for t in tensors.values())])[0]
+    own = sum(piece.nbytes for pieces in tensors.values() for piece in pieces)
+    sizes = gather_integers(transport, [own])[0]
     needed = sum(sizes) + _SPARE_BYTES
     made = [0, 0, 0, 0, 0]  # size, and a checksum as four numbers
 
@@ -88,6 +94,50 @@ def write_shards(
     if transport.rank == 0:
         _discard(folder, data)
     return _in_words(*wrong, needed)
+
+
+def take_folder(transport: Transport, folder: Path, *, wait: bool) -> tuple[int | None, str | None]:
+    """Make sure that no other run writes to `folder`, which is made; every rank makes this call.
+
+    Rank 0 gets a handle, for `give_back`.  Where another run has the folder it is waited for, if
+    `wait`.  The second value is what went wrong, the same on every rank.
+    """
+    handles: list[int] = []
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_content(folder)
+        handles.append(os.open(folder, os.O_RDONLY))
+        if wait and not lock(handles[0]):
+            log.info(f"another run is saving to {folder}: waiting for it")
+        while not lock(handles[0]):
+            if not wait:
+                raise OSError(errno.EWOULDBLOCK, "")
+            transport.check_running()
+            time.sleep(_POLL_S)
+
+    try:
+        wrong = _first_wrong(transport, take, only=0)
+    except BaseException:
+        give_back(handles, folder)
+        raise
+    if wrong is None:
+        return next(iter(handles), None), None
+    give_back(handles, folder)
+    return None, _in_words(*wrong)
+
+
+def give_back(handles: Iterable[int], folder: Path) -> None:
+    """Other runs may write to a folder again; it goes if nothing was written."""
+    for handle in handles:
+        os.close(handle)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def unfinished_place(folder: str) -> str:
+    """Where the beginning of a document is kept until it is whole, and is saved to `folder`."""
+    return f"{folder.rstrip('/')}.unfinished"
 
 
 def is_saved(folder: str) -> bool:
@@ -128,20 +178,23 @@ def check_place(key: str, folder: str) -> None:
             pass
     except OSError as error:
         code = error.errno or errno.EIO
-        why = _in_words(0, code, 0) if code == _FOREIGN else os.strerror(code).lower()
+        why = _in_words(0, code) if code == _FOREIGN else os.strerror(code).lower()
         raise UserError(key, folder, why) from error
     except RuntimeError as error:  # a ~name of nobody
         raise UserError(key, folder, str(error).lower()) from error
 
 
-def _tensors(shard: TextShard, owned: Runs, ids: Sequence[int]) -> dict[str, Tensor]:
-    """What this rank's file holds: each layer's KV at `owned`, which came last; and `ids`."""
-    tensors = {"ids": torch.tensor(list(ids), dtype=torch.int64)} if ids else {}
+def _tensors(shard: TextShard, owned: Runs, ids: Sequence[int]) -> dict[str, list[Tensor]]:
+    """What this rank's file holds: each layer's KV at `owned`, which came last; and `ids`.
+
+    Each as pieces (t, ...), without a copy.
+    """
+    tensors = {"ids": [torch.tensor(list(ids), dtype=torch.int64)]} if ids else {}
     for window, layer, kv in shard.cache.all_layers():
         last = kv.tokens - token_count(kept(owned, window, shard.tokens))
-        written = kv.slice(last, kv.tokens).tensors
-        for what, tensor in zip(WHAT, written, strict=False):
-            tensors[tensor_name(layer, what)] = tensor[0]
+        written = kv.slice(last, kv.tokens).pieces
+        for what, pieces in zip(WHAT, written, strict=False):
+            tensors[tensor_name(layer, what)] = [piece[0] for piece in pieces]
     return tensors
 
 
@@ -217,12 +270,15 @@ def _first_wrong(
     return next(((rank, code) for rank, code in enumerate(codes) if code), None)
 
 
-def _in_words(rank: int, code: int, needed: int) -> str:
+def _in_words(rank: int, code: int, needed: int = 0) -> str:
     if code == _FOREIGN:
         return "is a folder that holds other things; allowed: a new one, or a saved document's"
     if code == errno.ENOENT:
         return f"rank {rank} does not see what other ranks wrote; a folder that all share is needed"
-    return f"rank {rank}: {os.strerror(code).lower()}; {needed:,} bytes are needed"
+    if code == errno.EWOULDBLOCK:
+        return "another run is writing to it; let it end, or save elsewhere"
+    bytes_needed = f"; {needed:,} bytes are needed" if needed else ""
+    return f"rank {rank}: {os.strerror(code).lower()}{bytes_needed}"
 
 
 def _agreed(transport: Transport, number: int) -> int:

@@ -34,7 +34,7 @@ def check_profile(config: ProfileConfig) -> None:
     if config.path is None:
         return
     if not config.path:
-        raise UserError("profile.path", "", "allowed: a folder, or null for no trace")
+        raise UserError("profile.path", "", "allowed: a folder; leave it out for no trace")
     try:
         file = trace_path(config)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -287,7 +287,7 @@ def test_standard_input_is_read_once(asked, run, book):
     _, err = run(*arguments, "document.path=-", *THREADS, status=2)
     assert "questions.path: needed: standard input is the document" in err
     _, err = run(*arguments, "document.path=-", "questions.path=-", *THREADS, status=2)
-    assert "standard input is the document already" in err
+    assert "standard input is document.path already" in err
 
 
 def test_answers_to_something_else_are_left_alone(run, asked):

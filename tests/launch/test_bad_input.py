@@ -18,6 +18,9 @@ from transformers import AutoConfig
 
 import launch.demo
 import launch.generate
+from ringstar.config import ModelConfig, RingConfig
+from ringstar.models import find_model
+from ringstar.models.one_device import PlainAnswer
 from tests.support.commands import environment, python
 from tests.support.models import LONGROPE, tiny_folder
 
@@ -102,7 +105,10 @@ def test_file_without_permission(refused, monkeypatch, chat):
         (["document.text=a", "question=  "], ["question", "is empty"]),
         (["document.text=a", "question=\udcff"], ["question", "UTF-8"]),
         (["document.path=-", "document.path=-", QUESTION], ["document.path=-", "twice"]),
-        (["document.path=-", "question_path=-"], ["question_path=-", "is the document already"]),
+        (
+            ["document.path=-", "question_path=-"],
+            ["question_path=-", "standard input is document.path already"],
+        ),
     ],
 )
 def test_one_document_and_one_question(refused, monkeypatch, chat, arguments, parts):
@@ -573,12 +579,18 @@ def test_output_that_cannot_be_written(refused, tmp_path, chat, key, start):
         ("model.path", "n" * 300, "cannot be read: file name too long"),
         ("document.load", "~nobody-of-that-name/x", "could not determine home"),
         ("document.save", "~nobody-of-that-name/x", "could not determine home"),
+        ("cache.offload_path", "~nobody-of-that-name/x", "could not determine home"),
+        ("model.cache_dir", "~nobody-of-that-name/x", "could not determine home"),
     ],
 )
 def test_names_that_no_file_can_have(refused, tmp_path, chat, key, value, why, start):
     given = {"model.path": chat, "document.path": __file__, key: value}
     if key == "document.load":
         del given["document.path"]
+    if key == "model.cache_dir":
+        given = {"model": "smollm2", "document.path": __file__, key: value}
+    if key == "cache.offload_path":
+        given["cache.offload"] = "disk"
     options = [f"{name}={path}" for name, path in given.items()] + [f"output.path={tmp_path}/r"]
     says(refused(*options, QUESTION, *start).lower(), f"{key}=", why)
 
@@ -592,12 +604,80 @@ def test_a_disk_that_is_full_or_a_stream_that_is_closed_ends_no_run():
             run, stdout=full, stderr=subprocess.PIPE, text=True, check=True, env=environment()
         )
     assert done.stderr == "ringstar: standard output cannot be written: no space left on device\n"
+    once = write.replace("p('a'); p('b')", "p('a', kept=False)")  # nowhere else is the result
+    run = [sys.executable, "-c", once]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            run, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment()
+        )
+    assert done.returncode and "Fault: standard output cannot be written" in done.stderr
     closed = (
         "import os, sys; sys.stdin = sys.stdout = sys.stderr = None;"
         "from launch.streams import open_streams; open_streams();"
         "assert sys.stdin.read() == '' and not sys.stdout.isatty(); print('x', file=sys.stderr)"
     )
     subprocess.run([sys.executable, "-c", closed], check=True, env=environment())
+
+
+def test_a_folder_that_may_not_be_entered_is_named(refused, tmp_path, book, monkeypatch):
+    exists, folder = Path.exists, tmp_path / "private"
+    folder.mkdir()
+
+    def denied(path, **options):
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", denied)
+    line = refused(f"model.path={folder}", f"document.path={book}", QUESTION)
+    says(line, f"model.path={folder}: cannot be read: permission denied")
+
+
+def test_pipes_are_no_files_of_several_ranks(refused, tmp_path, chat, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr("launch.inputs.under_torchrun", lambda: True)
+    for path, what in ((pipe, "a pipe"), ("-", "standard input")):
+        line = refused(f"model.path={chat}", f"document.path={path}", QUESTION)
+        says(line, f"document.path={path}: ranks cannot share {what}; use launch.nproc")
+
+
+def test_what_came_through_a_pipe_is_named_as_it_was_given(refused, chat, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    line = refused(f"model.path={chat}", "document.ids_path=-", "launch.nproc=2")
+    assert line.startswith("document.ids_path=-: ")
+
+
+def test_a_folder_of_the_users_that_is_named_like_ours_is_no_matter(tmp_path):
+    (tmp_path / "configs").mkdir()
+    done = python("-m", "launch.generate", "model.path=none", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("ringstar: model.path=none: no such file or folder\n")
+
+
+def test_a_command_that_is_written_as_an_argument_is_none(tmp_path):
+    done = python("-m", "launch", "generate", "question=Who?", cwd=tmp_path)
+    assert done.returncode == 2
+    says(done.stderr, "generate: give a command as python -m launch.NAME")
+    assert python("-m", "launch", "--help", cwd=tmp_path, check=True).stderr == ""
+
+
+def test_the_demo_leaves_star_out_where_a_window_would_hide_the_text(monkeypatch):
+    windowed, whole = (
+        find_model(ModelConfig(path=tiny_folder(family))) for family in ("mixtral", "llama")
+    )
+    names = [
+        [each.name for each in launch.demo._strategies(RingConfig(), files)]
+        for files in (windowed, whole)
+    ]
+    assert names == [["ring"], ["ring", "star"]]
+    assert "sliding window of 21 tokens hides part" in str(launch.demo._why_no_star(windowed))
+
+
+def test_the_demo_shows_brackets_as_they_are():
+    want = PlainAnswer([1], torch.ones(2), 0.1, 0.1)
+    told = launch.demo._told({"ids": [2], "text": " list[int] [/y]"}, want, torch.ones(2))
+    assert told.plain.startswith("list[int] [/y]\n")
 
 
 def test_the_demo_has_its_own_document(capsys):

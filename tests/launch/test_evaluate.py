@@ -36,7 +36,7 @@ from ringstar.evaluation import RULER, TASKS, paired_p, retention, wilson
 from ringstar.models import ModelFiles, find_model
 from tests.support.chat import TEMPLATE, chat_folder
 from tests.support.commands import THREADS, environment, json_lines
-from tests.support.models import tiny_folder
+from tests.support.models import LONGROPE, tiny_folder
 
 pytest.importorskip("wonderwords")
 pytest.importorskip("scipy")
@@ -303,6 +303,24 @@ def test_a_share_that_does_not_fit_one_document_leaves_it_out(tmp_path, run):
     assert [line.index for line in scored(path) if line.strategy != "exact"] == fits
 
 
+def test_a_sample_whose_answer_would_cross_longrope_s_jump_is_left_out(tmp_path, run):
+    """One that reads a little less than the cell's first does."""
+    given = [*THREADS, "evaluate.tasks=niah_single_1", "evaluate.lengths=1900"]
+    given += ["evaluate.samples=5", "evaluate.star=none"]
+    plain, path = tmp_path / "plain.json", tmp_path / "e.json"
+    run(model(), *given, f"output.path={plain}")
+    read = [line.document_tokens + line.query_tokens for line in scored(plain)]
+    after = read[0] - 1
+    rope = {**LONGROPE["rope_parameters"], "original_max_position_embeddings": after}
+    changes = {**LONGROPE, "original_max_position_embeddings": after, "rope_parameters": rope}
+    folder = chat_folder.__wrapped__("phi3", **changes, hidden_size=64)
+    _, err = run(f"model.path={folder}", *given, f"output.path={path}")
+    fits = [number for number, count in enumerate(read) if count > after]
+    assert 0 < len(fits) < len(read)
+    assert err.count("(longrope) changes") == len(read) - len(fits)
+    assert [line.index for line in scored(path)] == fits
+
+
 def test_one_run_at_a_time(path, tmp_path, run, monkeypatch):
     """Another run has the file, or had it since it was read."""
     for suffix in (".samples.jsonl", ".config.yaml"):
@@ -492,6 +510,8 @@ def test_lengths_and_tasks():
         (["evaluate.star=block_size=1/8", "evaluate.star=block_size=2/16"], "is the same as"),
         (["evaluate.essay_path=/nowhere", "evaluate.tasks=niah_single_2"], "cannot be read"),
         (["evaluate.essay_path=-", "evaluate.tasks=niah_single_2"], "the name of a text file"),
+        (["evaluate.essay_path=~nobody/x", "evaluate.tasks=niah_single_2"], "cannot be read"),
+        ([f"evaluate.qa_path={'x' * 300}", "evaluate.tasks=qa_1"], "cannot be read: file name"),
         (["evaluate.qa_path=QA", "evaluate.tasks=qa_1"], "line 1: needed"),
         (["evaluate.qa_path=CUT", "evaluate.tasks=qa_1"], "line 2: is not JSON (Expecting"),
         (["evaluate.qa_path=ONE", "evaluate.tasks=qa_2"], "no question of this kind (qa_2)"),

@@ -68,7 +68,12 @@ def test_wrong_input_is_named_before_weights_load(refused, chat, bare, monkeypat
     given = [f"model.path={chat}"]
     assert refused(*given).startswith("--tasks: is missing")
     assert "our own options" in refused(*given, "--model", "hf", "--tasks", "x")
-    assert "our own options" in refused(*given, "--tasks", "x", "--model_args=a=b")
+    for theirs in (["--model_args=a=b"], ["--model_a", "a=b"], ["--batch", "4"], ["-b8"], ["-M=a"]):
+        assert "our own options" in refused(*given, "--tasks", "x", *theirs)
+    for line in ("model: hf", "model_args: {a: b}", "batch_size: 4", "device: cuda:1"):
+        (tmp_path / "b.yaml").write_text(f"tasks: [x]\n{line}\n")
+        said = refused(*given, "--config", str(tmp_path / "b.yaml"))
+        assert f"{line.partition(':')[0]}: what runs is said by our own options" in said
     assert "has no tokenizer" in refused(f"model.path={bare}", "--tasks", "x")
     assert "tasks of lm-eval have their own" in refused(*given, "question=Who?", "--tasks", "x")
     assert "--output_path" in refused(*given, "output.path=x", "--tasks", "x")

@@ -65,6 +65,18 @@ def test_without_tokens_the_form_is_still_known():
     agree(other, WHOLES["int8"])
 
 
+def test_pieces_are_the_tensors_without_a_copy():
+    for whole in (WHOLES["dense"], WHOLES["int8"]):
+        parts = cut(whole, [4, 9])
+        for kv in (whole, parts, JoinedKV((parts, whole))):
+            for pieces, tensor in zip(kv.pieces, kv.tensors, strict=True):
+                assert torch.equal(torch.cat(pieces, 1).view(torch.uint8), tensor.view(torch.uint8))
+        held = {piece.untyped_storage().data_ptr() for each in parts.pieces for piece in each}
+        assert held <= {each.untyped_storage().data_ptr() for each in whole.tensors} | {
+            tensor.untyped_storage().data_ptr() for part in parts.parts for tensor in part.tensors
+        }
+
+
 def test_without_parts_it_is_not():
     with pytest.raises(ValueError, match="parts is empty: must have a part"):
         joined_kv([])

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 import ringstar
 from ringstar import CacheConfig, LongContext, ShardedPast, UserError
 from ringstar.config import RingConfig, StarConfig
+from ringstar.models import generating
 from seqpar import token_count
 from seqpar.process import ProcessWorld
 from tests.support.chat import chat_folder, tiny_tokenizer
@@ -604,6 +605,17 @@ def test_star_is_refused_where_a_window_hides_the_text(attached):
         model.generate(prompt(30), max_new_tokens=1, **GREEDY)
 
 
+def test_star_is_refused_before_an_answer_would_leave_a_window(attached):
+    model = attached(tiny_folder("mixtral"), strategy="star", query_tokens=2)
+    window, streamer = model.config.sliding_window, Recorder()
+    ids = prompt(window - 3)
+    for length in ({"max_new_tokens": 5}, {"max_length": window + 2}):
+        with pytest.raises(UserError, match=f"sliding window of {window} tokens hides part"):
+            model.generate(ids, streamer=streamer, **length, **GREEDY)
+    assert not streamer.seen
+    assert model.generate(ids, max_new_tokens=4, **GREEDY).shape[1] == window + 1
+
+
 def test_star_sizes_that_do_not_fit_are_refused(attached):
     model = attached(tiny_folder("llama"), strategy=StarConfig(anchor_size=40), query_tokens=2)
     with pytest.raises(UserError, match=r"strategy\.anchor_size=40"):
@@ -685,9 +697,60 @@ def test_a_past_of_other_ranks_is_refused(attached):
         past = model(prompt(30), logits_to_keep=1).past_key_values
         ringstar.detach(model)
         attached(folder, after)
-        with pytest.raises(UserError, match=f"made by {before} ranks, and these are {after}"):
+        why = rf"another attached model, of {before} ranks \(this one has {after}\)"
+        with pytest.raises(UserError, match=why):
             model(prompt(1), past_key_values=past, logits_to_keep=1)
         ringstar.detach(model)
+
+
+def test_a_past_of_another_model_is_refused(attached):
+    """Of the same shapes, as a fine-tuned one has."""
+    one, other = tiny_folder("llama"), chat_folder()
+    past = attached(one)(prompt(30), logits_to_keep=1).past_key_values
+    with pytest.raises(UserError, match="was made by another attached model"):
+        attached(other)(prompt(1), past_key_values=copy.deepcopy(past), logits_to_keep=1)
+    past.reset()
+    attached_to = loaded(other)(prompt(3), past_key_values=past, logits_to_keep=1)
+    assert attached_to.past_key_values is past
+
+
+def test_a_refused_first_call_says_nothing_of_the_next_batch(attached):
+    token = 2 * 2 * 2 * 16 * 4
+    model = attached(tiny_folder("llama"), cache=CacheConfig(max_bytes=1500 * token, page_tokens=4))
+    past = ShardedPast()
+    with pytest.raises(UserError, match=r"cache\.max_bytes"):
+        model(prompt(700).repeat(8, 1), past_key_values=past, logits_to_keep=1)
+    made = model(prompt(30).repeat(2, 1), past_key_values=past, logits_to_keep=1)
+    assert made.logits.shape[0] == 2
+
+
+def test_memory_goes_with_what_the_script_has_no_more(attached):
+    model = attached(tiny_folder("llama"))
+    budgets = [engine.pool._budget for engine in model.ringstar._engines.values()]
+    model.generate(prompt(60), max_new_tokens=3, **GREEDY)
+    assert [budget.used for budget in budgets] == [0, 0]
+    past = model(prompt(60), logits_to_keep=1).past_key_values
+    assert all(budget.used for budget in budgets)
+    del past
+    ringstar.detach(model)
+    assert [budget.used for budget in budgets] == [0, 0]
+
+
+def test_a_default_device_or_dtype_is_no_matter(attached):
+    model = attached(tiny_folder("llama"))
+    want = model(prompt(30), logits_to_keep=1).logits
+    torch.set_default_device("meta")  # as scripts set cuda
+    try:
+        mask = torch.ones(1, 30, dtype=torch.bool, device="cpu")
+        reals = generating._real(None, 1, 30, 0, [0]), generating._real(mask, 1, 30, 0, [0])
+        assert [real.device.type for real in reals] == ["cpu", "cpu"]
+    finally:
+        torch.set_default_device(None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model(prompt(30), logits_to_keep=1).logits, want)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_autocast_is_refused(attached):

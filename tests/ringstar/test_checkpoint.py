@@ -3,6 +3,10 @@
 Encodes that survive: stopped anywhere, taken up by any number of ranks, the same in the end.
 """
 
+import fcntl
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -143,6 +147,47 @@ def test_what_was_saved_there_before_stays_until_the_end(tmp_path):
     check(folder, ring, ring.encode_kept(IDS, to, 1))
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     check(folder, ring, ring.load(to))
+
+
+def test_one_run_at_a_time(tmp_path, caplog):
+    """One that encodes is refused, one that saves waits, as long as another run is at it."""
+    ring, to = runtime(tiny_folder("llama")), tmp_path / "kept"
+    for place in (tmp_path / "kept.unfinished", to):
+        place.mkdir()
+    taken_now = r"kept\.unfinished: another run is writing to it"
+    with taken(tmp_path / "kept.unfinished"), pytest.raises(UserError, match=taken_now):
+        ring.encode_kept(IDS, str(to), 1)
+    document = ring.encode_kept(IDS, str(to), 1)
+    check(tiny_folder("llama"), ring, document)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    caplog.set_level("INFO", logger="ringstar")
+    with taken(to) as handle, ThreadPoolExecutor() as pool:
+        saving = pool.submit(ring.save, document, str(to))
+        while "another run is saving to" not in caplog.text:
+            time.sleep(0.01)
+        assert not saving.done()
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        saving.result(timeout=60)
+    assert ring.load(str(to)).ids == IDS
+
+
+@contextmanager
+def taken(folder):
+    """As another run has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def test_a_place_for_what_is_unfinished_is_looked_for_first(tmp_path):
+    ring = runtime(tiny_folder("llama"))
+    (tmp_path / "kept.unfinished").write_text("mine")
+    with pytest.raises(UserError, match=r"document\.save=.*kept\.unfinished: not a directory"):
+        ring.encode_kept(IDS, str(tmp_path / "kept"), 1)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_does_not_belong_is_refused(tmp_path):

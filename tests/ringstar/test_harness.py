@@ -249,11 +249,28 @@ def test_neighbouring_seeds_have_no_sample_in_common():
     assert len(one) == len(other) == 8 and not one & other
 
 
-def test_what_differs_from_the_own_backend_is_said(caplog):
+def test_what_differs_from_the_own_backend_is_said(caplog, tmp_path):
     drawn = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 2, "until": []}
     with caplog.at_level("WARNING"):
         ours(chat_folder()).generate_until(instances(*[(line, drawn) for line in LINES]))
     assert caplog.text.count("names no top_k") == 1
+    assert "limits sampling" not in caplog.text
+    folder = shutil.copytree(chat_folder(), tmp_path / "limited")
+    (folder / "generation_config.json").write_text('{"top_p": 0.9, "min_p": 0.0}')
+    lm = ours(str(folder))
+    for given, times in ((0.8, 0), (None, 1), (None, 1)):
+        with caplog.at_level("WARNING"):
+            lm.generate_until(instances((LINES[0], {**drawn, "top_p": given})))
+        assert caplog.text.count("limits sampling by top_p, which") == times
+
+
+def test_what_changes_nothing_may_be_asked_for():
+    plain = {"max_gen_toks": 6, "until": []}
+    neutral = {"use_cache": True, "min_p": 0, "typical_p": 1.0, "num_return_sequences": 1}
+    greedy = {"min_p": 0.1, "typical_p": 0.5, "top_k": 3, "top_p": 0.5}
+    given = [{**plain, **more} for more in ({}, neutral, greedy)]
+    answers = ours(chat_folder()).generate_until(instances(*[(LINES[0], each) for each in given]))
+    assert len(set(answers)) == 1
 
 
 def test_an_answer_ends_where_longrope_would_change(caplog):
@@ -293,10 +310,14 @@ def test_what_it_cannot_do_is_refused():
         ours(tiny_folder("llama"))
     with pytest.raises(UserError, match="a model's folder, or a runtime"):
         RingstarLM()
+    with pytest.raises(UserError, match="strategy=star: the runtime that is given has its own"):
+        RingstarLM(runtime=ours(chat_folder()).runtime, strategy="star")
     lm = ours(chat_folder(), max_length=64)
     for kwargs, why in [
         ({"num_beams": 4}, "generation_kwargs.num_beams=4"),
         ({"do_sample": True, "temperature": 1.0, "top_k": 5}, "generation_kwargs.top_k=5"),
+        ({"do_sample": True, "top_k": 0}, "generation_kwargs.temperature=0.0: do_sample needs"),
+        ({"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0}, "generation.top_p=0"),
         ({"max_gen_toks": 64}, "leaves 0 of 64 positions"),
     ]:
         with pytest.raises(UserError, match=why):

@@ -7,12 +7,20 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ringstar import CacheConfig, LongContext, UserError
-from ringstar.config import Config, GenerationConfig, ModelConfig, RingConfig
+from ringstar.config import (
+    Config,
+    GenerationConfig,
+    ModelConfig,
+    RingConfig,
+    StarConfig,
+    StrategyConfig,
+)
 from ringstar.models import ModelFacts, ModelFiles, find_model
 from ringstar.prompt import prompt_format
 from ringstar.sampling import NO_TOKEN, Sampler
@@ -55,6 +63,94 @@ def test_text_and_ids_are_checked():
         ring.encode([1.5])
     with pytest.raises(UserError, match="has no tokenizer"):
         ring.encode("text")
+    with pytest.raises(UserError, match="document: bytes are no text: decode them first"):
+        ring.encode(b"text")
+    for call in (ring.encode_batch, ring.score_texts):
+        with pytest.raises(UserError, match="is one text, and a list of them is needed"):
+            call("text")
+    document = ring.encode(random_ids(9))
+    with pytest.raises(UserError, match="ids: token ids must be integers"):
+        ring.logits(document, [1.7])
+    assert ring.logits(document, torch.tensor([5, 6])).shape[0] == 1
+    talk = ring.converse(document)
+    for wrong, why in (
+        ("The captain.", "token ids are needed"),
+        ([10**6], "token ids must be from 0 to"),
+        ([1.5], "must be integers"),
+    ):
+        with pytest.raises(UserError, match=f"answer_ids.*{why}"):
+            talk.add([1, 2], wrong)
+    with pytest.raises(UserError, match="question: token ids must be integers"):
+        talk.ask([1.7, 2.9])
+    assert talk.ids == [] and talk.ask([1, 2], max_new_tokens=2).ids
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1.5),
+        ("seed", None),
+        ("stop", [13]),
+        ("stop", "no"),
+        ("max_new_tokens", None),
+        ("temperature", None),
+        ("top_p", None),
+        ("temperature", "hot"),
+    ],
+)
+def test_settings_of_an_answer_are_checked_before_ranks_run(name, value):
+    ring = runtime()
+    document = ring.encode(random_ids(9))
+    with pytest.raises(UserError, match=rf"generation\.{name}"):
+        ring.ask(document, random_ids(2), **{name: value})
+    assert ring.ask(document, random_ids(2), max_new_tokens=2, seed=np.int64(3)).ids
+
+
+def test_a_strategy_is_a_name_or_a_config():
+    ring = runtime()
+    for wrong in (StarConfig, StrategyConfig("star")):
+        with pytest.raises(UserError, match=r"strategy=star: allowed: RingConfig"):
+            ring.encode(random_ids(90), strategy=wrong)
+        with pytest.raises(UserError, match=r"strategy=star: allowed: RingConfig"):
+            runtime(strategy=wrong)
+    assert isinstance(ring.encode(random_ids(90), strategy="star").strategy, StarConfig)
+    with pytest.raises(UserError, match="strategy=stars: allowed: dense, ring, star"):
+        ring.encode(random_ids(90), strategy="stars")
+
+
+def test_what_is_returned_can_be_changed():
+    ring = runtime()
+    document = ring.encode(random_ids(30))
+    score = ring.score_texts([random_ids(30)])[0]
+    logits = ring.ask(document, [3], max_new_tokens=1).first_logits
+    for made in (logits, ring.logits(document, [3]), score.logprobs, score.greedy):
+        assert not made.is_inference()
+        made[:1] = 0
+
+
+def test_scores_come_whatever_the_default_dtype_is():
+    ring, text = runtime(), random_ids(30)
+    (want,) = ring.score_texts([text])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(ring.score_texts([text])[0].logprobs, want.logprobs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_answer_that_was_stopped_is_in_nobodys_way():
+    """Ranks may have come to different tokens, and the document is to make room."""
+    token = 2 * 2 * 2 * 16 * 4
+    ring = runtime(cache=CacheConfig(max_bytes=100 * token, page_tokens=4))
+    document = ring.encode(random_ids(90))
+
+    def stop(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ring.ask(document, [3], max_new_tokens=9, until=stop)
+    assert {shard.tokens for shard in document.shards} == {90}
+    assert ring.ask(document, [3], max_new_tokens=2).ids
 
 
 def test_dense_refuses_ranks_that_are_given():
