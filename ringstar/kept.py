@@ -25,10 +25,10 @@ from ringstar.metrics import gather_metrics, slowest
 from ringstar.room import make_room
 from ringstar.shard import TextShard
 from ringstar.store import (
+    Claim,
     Manifest,
     check_saved,
     dealt,
-    give_back,
     is_saved,
     move_saved,
     read_ids,
@@ -36,7 +36,6 @@ from ringstar.store import (
     read_shard,
     remove_saved,
     saved_needs,
-    take_folder,
     unfinished_place,
     write_shards,
 )
@@ -57,15 +56,14 @@ def save(runtime: LongContext, document: Document, folder: str) -> None:
 @contextmanager
 def _alone(runtime: LongContext, folder: str, *, wait: bool) -> Iterator[None]:
     """No other run writes to this folder meanwhile; else UserError, or it is waited for."""
-    path = Path(folder).expanduser()
-    took = runtime.group.run(lambda transport: take_folder(transport, path, wait=wait))
-    (_, wrong), handles = took[0], [handle for handle, _ in took if handle is not None]
-    if wrong is not None:
-        raise UserError("document.save", folder, wrong)
+    claim = Claim(Path(folder).expanduser())
     try:
+        wrong = runtime.group.run(lambda transport: claim.take(transport, wait=wait))[0]
+        if wrong is not None:
+            raise UserError("document.save", folder, wrong)
         yield
     finally:
-        give_back(handles, path)
+        claim.give_back()
 
 
 def write(runtime: LongContext, document: Document, folder: str, before: Manifest | None) -> None:

@@ -19,6 +19,7 @@ import launch.options
 from launch import faults, generate, score_result
 from launch.__main__ import COMMANDS as launch_commands
 from launch.bench.__main__ import with_against
+from launch.bench.result import by_key
 from launch.harness import split
 from launch.options import (
     ASK,
@@ -237,6 +238,30 @@ def test_the_results_of_star_are_those_of_the_file_that_is_linked():
     for other in ("none", "ring"):
         ratios = [f"{found[f'{part}: world / {other}']:.2f}" for part in ("eighths", "quarters")]
         assert f"| {' | '.join(ratios)} |" in section
+
+
+def test_the_peers_are_those_of_the_file_that_is_linked():
+    section = (
+        README.read_text().partition("### Beside what else there is")[2].partition("\n### ")[0]
+    )
+    file = ROOT / re.findall(r"\((benchmarks/results/[^)]+-cpu-peers)\.md\)", section)[0]
+    known, lengths = by_key(json.loads(file.with_suffix(".json").read_text())), (1024, 2048, 4096)
+    shown = {
+        "ring (exact) | 1": ("ring", 1),
+        "ring (exact) | 2": ("ring", 2),
+        "star, quarters | 2": ("star 1/4", 2),
+        "Hugging Face `generate`, `eager` | 1": ("hf-eager", 1),
+        "Hugging Face `generate`, `sdpa` | 1": ("hf-sdpa", 1),
+        "Hugging Face `generate_batch` | 1": ("hf-batch", 1),
+        "llama.cpp, weights of 4 bits | 1": ("llama.cpp", 1),
+    }
+    for name, key in shown.items():
+        ratios = [
+            known[(*key, length, 1)][quantity] / known["hf-sdpa", 1, length, 1][quantity]
+            for quantity in ("median_ttft_ms", "median_tpot_ms")
+            for length in lengths
+        ]
+        assert f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in section
 
 
 def test_the_needles_are_those_of_the_file_that_is_linked():

@@ -12,23 +12,22 @@ from ringstar.store.read import (
     saved_needs,
 )
 from ringstar.store.write import (
+    Claim,
     check_place,
-    give_back,
     is_saved,
     move_saved,
     remove_saved,
-    take_folder,
     unfinished_place,
     write_shards,
 )
 
 __all__ = [
+    "Claim",
     "Manifest",
     "check_place",
     "check_saved",
     "dealt",
     "fingerprint",
-    "give_back",
     "is_saved",
     "move_saved",
     "read_ids",
@@ -38,7 +37,6 @@ __all__ = [
     "saved_by",
     "saved_ids",
     "saved_needs",
-    "take_folder",
     "unfinished_place",
     "write_shards",
 ]

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,43 +96,42 @@ def write_shards(
     return _in_words(*wrong, needed)
 
 
-def take_folder(transport: Transport, folder: Path, *, wait: bool) -> tuple[int | None, str | None]:
-    """Make sure that no other run writes to `folder`, which is made; every rank makes this call.
+class Claim:
+    """On rank 0 the right to write to a folder, which is made, until it is given back."""
 
-    Rank 0 gets a handle, for `give_back`.  Where another run has the folder it is waited for, if
-    `wait`.  The second value is what went wrong, the same on every rank.
-    """
-    handles: list[int] = []
+    def __init__(self, folder: Path):
+        self._folder, self._handle = folder, -1
+        self._made = False
 
-    def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_content(folder)
-        handles.append(os.open(folder, os.O_RDONLY))
-        if wait and not lock(handles[0]):
-            log.info(f"another run is saving to {folder}: waiting for it")
-        while not lock(handles[0]):
+    def take(self, transport: Transport, *, wait: bool) -> str | None:
+        """Every rank makes this call; returns what went wrong, the same on each.
+
+        Where another run has the folder it is waited for, if `wait`.
+        """
+        wrong = _first_wrong(transport, lambda: self._take(transport, wait), only=0)
+        return None if wrong is None else _in_words(*wrong)
+
+    def _take(self, transport: Transport, wait: bool) -> None:
+        self._made = not self._folder.exists()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _check_content(self._folder)
+        self._handle = os.open(self._folder, os.O_RDONLY)
+        if wait and not lock(self._handle):
+            log.info(f"another run is saving to {self._folder}: waiting for it")
+        while not lock(self._handle):
             if not wait:
                 raise OSError(errno.EWOULDBLOCK, "")
             transport.check_running()
             time.sleep(_POLL_S)
 
-    try:
-        wrong = _first_wrong(transport, take, only=0)
-    except BaseException:
-        give_back(handles, folder)
-        raise
-    if wrong is None:
-        return next(iter(handles), None), None
-    give_back(handles, folder)
-    return None, _in_words(*wrong)
-
-
-def give_back(handles: Iterable[int], folder: Path) -> None:
-    """Other runs may write to a folder again; it goes if nothing was written."""
-    for handle in handles:
-        os.close(handle)
-        with suppress(OSError):
-            folder.rmdir()
+    def give_back(self) -> None:
+        """Other runs may write there again; a folder that was made in vain goes."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+        if self._made:
+            with suppress(OSError):
+                self._folder.rmdir()
 
 
 def unfinished_place(folder: str) -> str:
