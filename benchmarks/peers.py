@@ -39,6 +39,7 @@ WHY = {
     " is as fast as memory gives them",
     ("hf-eager", "TPOT"): _CLOSE,
     ("hf-sdpa", "TPOT"): _CLOSE,
+    ("hf-sdpa", "TTFT"): _CLOSE,
     ("hf-batch", "TTFT"): _CLOSE,
 }
 WHY_SEVERAL = {**WHY, ("hf-eager", "TPOT"): _ONE_BY_ONE, ("hf-sdpa", "TPOT"): _ONE_BY_ONE}
