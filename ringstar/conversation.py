@@ -47,7 +47,9 @@ class Conversation:
                 "token ids are needed, as Answer.ids has them; files.more_ids makes some of a text"
             )
             raise UserError("answer_ids", answer_ids, why)
-        answer = token_ids("answer_ids", answer_ids, files.more_ids, files.vocab_size)
+        answer = list(answer_ids)  # may be none: the first token ended it
+        if answer:
+            answer = token_ids("answer_ids", answer, files.more_ids, files.vocab_size)
         self._add(self._turn_ids(question), answer)
 
     def _add(self, ids: Sequence[int], answer_ids: Sequence[int]) -> None:

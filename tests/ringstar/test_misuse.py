@@ -82,7 +82,9 @@ def test_text_and_ids_are_checked():
             talk.add([1, 2], wrong)
     with pytest.raises(UserError, match="question: token ids must be integers"):
         talk.ask([1.7, 2.9])
-    assert talk.ids == [] and talk.ask([1, 2], max_new_tokens=2).ids
+    assert talk.ids == []
+    talk.add([1, 2], [])  # an answer that ended with its first token
+    assert talk.ids == [1, 2] and talk.ask([1, 2], max_new_tokens=2).ids
 
 
 @pytest.mark.parametrize(
