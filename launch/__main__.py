@@ -18,9 +18,10 @@ COMMANDS = {
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    if given and not {"-h", "--help"} & set(given):
+    misled = bool(given) and not {"-h", "--help"} & set(given)
+    if misled:
         print(f"ringstar: {given[0]}: give a command as python -m launch.NAME:", file=sys.stderr)
     for name, what in COMMANDS.items():
         command = f"python -m launch.{name} --help"
         print(f"{command:36}{what}")
-    sys.exit(2 if given and not {"-h", "--help"} & set(given) else 0)
+    sys.exit(2 if misled else 0)

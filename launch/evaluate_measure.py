@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 from launch.evaluate_log import Key, Scored
 from launch.evaluate_plan import Cell, Plan
@@ -13,7 +12,6 @@ from launch.evaluate_star import Contender
 from launch.progress import TOKENS_OF_A_STEP, WorkBar
 from launch.result_fields import runtime_fields
 from ringstar.answers import Answer
-from ringstar.checks import check_fits
 from ringstar.config import StrategyConfig
 from ringstar.errors import UserError
 from ringstar.evaluation import Sample, score
@@ -83,22 +81,15 @@ class Measurement:
         try:
             sample = self._plan.sample(cell, number)
             context, query = prompt_ids(self._plan.files, sample.prompt)
-            sizes = len(context), len(query), sample.new_tokens
-            return sample, context, query, self._strategies(*sizes)
+            runtime, sizes = self._runtime, (len(context), len(query), sample.new_tokens)
+            given = (runtime.config, runtime.files, runtime.world_size, *sizes)
+            every = {star.label: star.fitting(*given) for star in self._plan.contenders}
+            return sample, context, query, every
         except UserError as error:
             where = f"{cell.task.name} {cell.length:,}"
             if self._runtime.rank == 0:
                 log.warning(f"{where}: sample {number} is left out: {error}")
             return None
-
-    def _strategies(self, context: int, query: int, new: int) -> dict[str, StrategyConfig]:
-        """Every contender's settings for such a prompt; UserError where one cannot take it."""
-        found = {star.label: star.strategy(context) for star in self._plan.contenders}
-        runtime = self._runtime
-        for strategy in found.values():
-            config = replace(runtime.config, strategy=strategy)
-            check_fits(config, runtime.files, runtime.world_size, context, query, new)
-        return found
 
     def _encode(
         self, cell: Cell, label: str, strategy: StrategyConfig, ids: list[int], query: int

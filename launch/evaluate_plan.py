@@ -177,8 +177,7 @@ def _check_cell(
     sizes = (context, query, sample.new_tokens)
     for contender in plan.contenders:
         with _blamed_on(cell.length, contender.given):
-            strategy = contender.strategy(context)
-            check_fits(replace(config, strategy=strategy), files, world, *sizes)
+            contender.fitting(config, files, world, *sizes)
 
 
 @contextmanager

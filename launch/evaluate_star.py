@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
 from launch.compare_star import exact_setting, parse_star
-from ringstar.config import StarConfig, StrategyConfig, token_size
+from ringstar.checks import check_fits
+from ringstar.config import Config, StarConfig, StrategyConfig, token_size
 from ringstar.errors import UserError
+from ringstar.models import ModelFiles
 
 KEY = "evaluate.star"
 EXACT = "exact"
@@ -39,6 +41,14 @@ class Contender:
             return parse_star(" ".join(words), self.key)
         except UserError as error:  # as it was written, not as it was sized
             raise UserError(self.key, self.given, error.allowed) from error
+
+    def fitting(
+        self, config: Config, files: ModelFiles, world: int, context: int, query: int, new: int
+    ) -> StrategyConfig:
+        """Its settings for so many tokens; raises UserError if they or the model take no such."""
+        strategy = self.strategy(context)
+        check_fits(replace(config, strategy=strategy), files, world, context, query, new)
+        return strategy
 
 
 def contenders(given: Sequence[str], world: int) -> tuple[list[Contender], str]:

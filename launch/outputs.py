@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,9 @@ def check_writable(config: Config) -> None:
 
 def _check_no_input(config: Config) -> None:
     """Raise UserError for an output that would take the place of what the run reads."""
-    output = config.output
-    outputs = [("output.path", output.path), ("output.first_logits", output.first_logits)]
-    if output.path is not None:
-        outputs.append(("output.path", str(config_path(output.path))))
-    for key, value in outputs:
+    for key, value in _outputs(config):
         for read, given in given_paths(config).items():
-            if value is not None and given != STDIN and same_file(value, given):
+            if given != STDIN and same_file(value, given):
                 raise UserError(key, value, f"is {read} too, which would be overwritten")
 
 
@@ -61,11 +57,20 @@ def _check_no_trace(config: Config) -> None:
     """Raise UserError for a file that the trace would take the place of."""
     if not config.profile.path:
         return
-    trace, output = str(trace_path(config.profile)), config.output
-    outputs = {"output.path": output.path, "output.first_logits": output.first_logits}
-    for key, value in {**given_paths(config), **outputs}.items():
-        if value not in (None, STDIN) and same_file(str(value), trace):
+    trace = str(trace_path(config.profile))
+    for key, value in (*given_paths(config).items(), *_outputs(config)):
+        if value != STDIN and same_file(value, trace):
             raise UserError(key, value, "is the trace of profile.path too, which would replace it")
+
+
+def _outputs(config: Config) -> Iterator[tuple[str, str]]:
+    """Every file that the run writes at its end, and the option that says so."""
+    output = config.output
+    if output.path is not None:
+        yield "output.path", output.path
+        yield "output.path", str(config_path(output.path))
+    if output.first_logits is not None:
+        yield "output.first_logits", output.first_logits
 
 
 def check_file(key: str, value: str) -> None:

@@ -98,7 +98,6 @@ class RankEngine:
         Raises UserError, before anything is computed, if there is no room.
         """
         started, sent = time.perf_counter(), self._transport.counters.bytes_sent
-        self._transport.publish("encode")
         lengths = [shard.length for shard in shards]
         self._transport.check_agreement("document", list(map(list, new)), lengths)
         todo = [number for number, ids in enumerate(new) if ids]
@@ -201,7 +200,6 @@ class RankEngine:
         All that is read stays: the last token that was given is not.  Raises UserError, before
         anything is computed, if there is no room.
         """
-        self._transport.publish("question")
         self._transport.check_agreement("question", list(query_ids), settings)
         sampler = Sampler(settings)
         new = list(query_ids)
@@ -220,7 +218,6 @@ class RankEngine:
         self, shard: TextShard, query_ids: Sequence[int], last: int, victims: Victims = NOBODY
     ) -> Tensor:
         """Logits (last, vocab) float32 at the last of `query_ids`; nothing is left behind."""
-        self._transport.publish("score")
         self._transport.check_agreement("question", list(query_ids), last)
         shard.rewind()
         self.reserve([shard], len(query_ids), 0, victims)
@@ -242,7 +239,6 @@ class RankEngine:
         `again` of `before` are the last tokens that are there.  (2, len(ids)) as in
         `next_token_scores`, the same on every rank.
         """
-        self._transport.publish("score")
         self._transport.check_agreement("continuation", list(before), list(ids), again)
         shard.rewind()
         read = [*before, *ids[:-1]]

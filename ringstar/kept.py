@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 def save(runtime: LongContext, document: Document, folder: str) -> None:
     """`LongContext.save`."""
     check_held(document, runtime)
-    with _alone(runtime, folder, wait=True):
+    with alone(runtime, folder, wait=True):
         write(runtime, document, folder, None)
     runtime.group.say(f"document of {document.tokens:,} tokens saved to {folder}")
 
 
 @contextmanager
-def _alone(runtime: LongContext, folder: str, *, wait: bool) -> Iterator[None]:
+def alone(runtime: LongContext, folder: str, *, wait: bool) -> Iterator[None]:
     """No other run writes to this folder meanwhile; else UserError, or it is waited for."""
     claim = Claim(Path(folder).expanduser())
     try:
@@ -129,19 +129,7 @@ def encode_kept(
     on_progress: OnProgress | None,
     length: int,
 ) -> Document:
-    """`LongContext.encode_kept`, of token ids that fit."""
-    with _alone(runtime, unfinished_place(folder), wait=False):
-        return _encode_kept(runtime, ids, folder, checkpoint_every, on_progress, length)
-
-
-def _encode_kept(
-    runtime: LongContext,
-    ids: list[int],
-    folder: str,
-    checkpoint_every: int,
-    on_progress: OnProgress | None,
-    length: int,
-) -> Document:
+    """`LongContext.encode_kept`, of token ids that fit; the unfinished folder is ours `alone`."""
     unfinished = unfinished_place(folder)
     length = max(length, len(ids))
     made = _unfinished(runtime, unfinished, ids, length)

@@ -641,11 +641,13 @@ class LongContext:
             raise UserError("document.checkpoint_every", checkpoint_every, why)
         if checkpoint_every < 1:
             raise UserError("document.checkpoint_every", checkpoint_every, "allowed: 1 or more")
-        for place in (folder, unfinished_place(folder)):
+        unfinished = unfinished_place(folder)
+        for place in (folder, unfinished):
             check_place("document.save", place)
         ids = token_ids("document", document, self.files.context_ids, self.files.vocab_size)
         check_fits(self.config, self.files, self.world_size, len(ids))
-        return kept.encode_kept(self, ids, folder, checkpoint_every, on_progress, length)
+        with kept.alone(self, unfinished, wait=False):
+            return kept.encode_kept(self, ids, folder, checkpoint_every, on_progress, length)
 
     def load(self, folder: str) -> Document:
         """A document that was saved, by this model, at any number of ranks and in any layout.

@@ -138,11 +138,10 @@ def _start_everyone(arguments: Sequence[str], reporter: Reporter) -> int:
                     log.info(f"{child.module} ended so; the others go on")
                 elif status != DONE:  # it was said which rank, and why
                     worst = worst or status
-    if stopped and not any(isinstance(line, Measured) for line in reader.lines):
-        return worst
     if stopped:
-        with suppress(Exception):  # what is done is not lost
-            report.finish(reader.lines, whole=False)
+        if any(isinstance(line, Measured) for line in reader.lines):
+            with suppress(Exception):  # what is done is not lost
+                report.finish(reader.lines, whole=False)
         return worst
     measured = {line.key for line in reader.lines if isinstance(line, AttentionTimes)}
     if any(key[0] == OURS and key not in measured for key in plan.attention()):
@@ -187,10 +186,10 @@ class Report:
             print_piece(comparison(found, how, config.bench.tolerance, str(config.bench.against)))
             result["against"] = [asdict(change) for change in found]
         path = picture_path(config.bench.picture, config.output.path)
-        files = [file for file in (config.output.path, path) if file is not None]
         # before a disk may be full
         print_piece(json.dumps(result) + "\n", kept=config.output.path is not None)
-        there = [file for file in files if Path(file).expanduser().exists()]
+        files = [Path(file) for file in (config.output.path, path) if file is not None]
+        there = [file for file in files if file.expanduser().exists()]
         if there and not whole:
             log.info(f"{there[0]} is left as it was: this benchmark is not whole")
             return

@@ -14,7 +14,6 @@ from launch.bench.peers import PEERS, Request
 from launch.evaluate_star import Contender
 from launch.evaluate_star import label_of as star_label
 from launch.sizes import listed, read_lengths, read_sizes
-from ringstar.checks import check_fits
 from ringstar.config import (
     BenchConfig,
     EncodeConfig,
@@ -247,8 +246,7 @@ def _check(
         why = f"allowed: above bench.question_tokens={query}"
         raise UserError("bench.lengths", length, why)
     try:
-        strategy = contender.strategy(context)
-        check_fits(replace(config, strategy=strategy), files, world, context, query, new)
+        contender.fitting(config, files, world, context, query, new)
     except UserError as error:
         if error.key == KEY:
             raise UserError(KEY, contender.given, f"at {length} tokens: {error.allowed}") from error
